@@ -1,0 +1,320 @@
+// Speed of the cpu device's kernels beside the machine's own limits, measured in the same run. Every kernel is compared
+// with the reference before it is timed.
+//
+//   kernel_bench [--json FILE] [--only gemm | attention | sample] [--target auto] [--gemm auto] [--workers 0]
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bench/machine_limits.h"
+#include "kernels/check.h"
+#include "kernels/device.h"
+#include "kernels/element.h"
+#include "kernels/kernels.h"
+
+namespace spillway {
+namespace {
+
+struct Result {
+  std::string name;
+  double microseconds = 0;
+  double value = 0;
+  std::string unit;
+  double percent_of_limit = 0;  // 0: no limit to compare with
+};
+
+double Seconds(const std::function<void()>& run) {
+  const auto begin = std::chrono::steady_clock::now();
+  run();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+double MedianSeconds(const std::function<void()>& run) {
+  run();
+  std::vector<double> times(7);
+  for (double& time : times) time = Seconds(run);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+void Fill(DType dtype, std::int64_t size, std::uint64_t seed, std::byte* array) {
+  std::mt19937_64 random(seed);
+  for (std::int64_t i = 0; i < size; ++i) {
+    // Uniform with the variance of a standard normal: as good for timing, and quick to make.
+    StoreElement(array, dtype, i, (static_cast<float>(random() >> 40) * 0x1p-24F - 0.5F) * 3.46F);
+  }
+}
+
+std::vector<std::byte> RandomArray(DType dtype, std::int64_t size, std::uint64_t seed) {
+  std::vector<std::byte> array(static_cast<std::size_t>(size) * SizeOf(dtype));
+  Fill(dtype, size, seed, array.data());
+  return array;
+}
+
+class KernelBench {
+ public:
+  explicit KernelBench(const CpuDeviceOptions& options)
+      : device_(MakeCpuDevice(options).value()), stream_(device_->NewStream().value()) {
+    CpuDeviceOptions plain = options;
+    plain.target = "reference";
+    reference_ = MakeCpuDevice(plain).value();
+    reference_stream_ = reference_->NewStream().value();
+    const int num_threads =
+        options.num_workers > 0 ? options.num_workers : static_cast<int>(std::thread::hardware_concurrency());
+    limits_ = MeasureLimits(*device_, num_threads);
+    std::printf("%s, %d threads\n", device_->description().c_str(), num_threads);
+    Report({"read bandwidth", 0, limits_.read_gigabytes, "GB/s", 0});
+    Report({"copy bandwidth", 0, limits_.copy_gigabytes, "GB/s", 0});
+    Report({"fma peak (float)", 0, limits_.fma_gigaflops, "GFLOP/s", 0});
+  }
+
+  void Gemm(DType dtype) {
+    constexpr std::int64_t kColumns = 2816;
+    constexpr std::int64_t kDepth = 1024;
+    // Together several times the last-level cache.
+    const std::size_t num_matrices = dtype == DType::kF32 ? 24 : 48;
+    const std::vector<std::byte> w = RandomArray(dtype, kColumns * kDepth, 1);
+    const MatrixView view = {w.data(), dtype, kColumns, kDepth, kDepth};
+    std::vector<std::unique_ptr<PackedMatrix>> matrices;
+    for (std::size_t i = 0; i < num_matrices; ++i) matrices.push_back(device_->kernels().Pack({&view, 1}).value());
+    const auto plain = reference_->kernels().Pack({&view, 1}).value();
+    for (const std::int64_t num_rows : {1, 4, 16, 32, 512}) {
+      const std::vector<std::byte> a = RandomArray(dtype, num_rows * kDepth, 2);
+      std::vector<float> out(static_cast<std::size_t>(num_rows * kColumns));
+      GemmArgs args;
+      args.a = a.data();
+      args.a_dtype = dtype;
+      args.num_rows = num_rows;
+      args.out = out.data();
+      CheckGemm(args, *matrices[0], *plain);
+      const std::size_t num_calls = num_rows >= 256 ? 4 : num_matrices;
+      const double seconds = MedianSeconds([&] {
+                               for (std::size_t i = 0; i < num_calls; ++i) {
+                                 args.weight = matrices[i].get();
+                                 device_->kernels().Gemm(*stream_, args);
+                               }
+                               Finish();
+                             }) /
+                             static_cast<double>(num_calls);
+      const double bytes = static_cast<double>(w.size());
+      const double flops = 2.0 * static_cast<double>(num_rows * kColumns * kDepth);
+      const std::string name = "gemm " + std::string(NameOf(dtype)) + " M " + std::to_string(num_rows);
+      // The limit is whichever of the two would take longer.
+      const double limit = std::max(bytes / limits_.read_gigabytes, flops / limits_.fma_gigaflops) * 1e-9;
+      if (num_rows <= 4) {
+        Report({name, seconds * 1e6, bytes / seconds * 1e-9, "GB/s", 100 * limit / seconds});
+      } else {
+        Report({name, seconds * 1e6, flops / seconds * 1e-9, "GFLOP/s", 100 * limit / seconds});
+      }
+    }
+  }
+
+  // num_sequences of `length` tokens, of which the last num_new are queries.
+  void Attention(DType dtype, std::int64_t num_sequences, std::int64_t length, std::int64_t num_new) {
+    constexpr int kHeads = 16;
+    const KvLayout layout = {1, 4, 128, dtype};
+    const std::int64_t blocks_per_sequence = (length + kBlockTokens - 1) / kBlockTokens;
+    const std::int64_t num_blocks = num_sequences * blocks_per_sequence;
+    const Buffer pool =
+        device_->Allocate(MemoryKind::kDevice, static_cast<std::size_t>(num_blocks) * layout.block_bytes()).value();
+    Fill(dtype, num_blocks * static_cast<std::int64_t>(layout.block_bytes() / SizeOf(dtype)), 3, pool.get());
+    const std::int64_t num_tokens = num_sequences * num_new;
+    const std::vector<std::byte> q = RandomArray(dtype, num_tokens * kHeads * layout.head_dim, 4);
+    std::vector<float> out(static_cast<std::size_t>(num_tokens * kHeads * layout.head_dim));
+    std::vector<std::int32_t> query_begin, first_position, block_begin, block_table;
+    for (std::int64_t s = 0; s <= num_sequences; ++s) {
+      query_begin.push_back(static_cast<std::int32_t>(s * num_new));
+      first_position.push_back(static_cast<std::int32_t>(length - num_new));
+      block_begin.push_back(static_cast<std::int32_t>(s * blocks_per_sequence));
+    }
+    for (std::int64_t b = 0; b < num_blocks; ++b) block_table.push_back(static_cast<std::int32_t>(b));
+    std::shuffle(block_table.begin(), block_table.end(), std::mt19937(5));
+    AttentionArgs args;
+    args.q = q.data();
+    args.q_dtype = dtype;
+    args.num_heads = kHeads;
+    args.scale = 0.088F;
+    args.kv = {pool.get(), layout};
+    args.num_sequences = num_sequences;
+    args.num_tokens = num_tokens;
+    args.query_begin = query_begin.data();
+    args.first_position = first_position.data();
+    args.block_begin = block_begin.data();
+    args.block_table = block_table.data();
+    args.out = reinterpret_cast<std::byte*>(out.data());
+    CheckAttention(args, out);
+    const double seconds = MedianSeconds([&] {
+      device_->kernels().Attention(*stream_, args);
+      Finish();
+    });
+    const double keys =
+        static_cast<double>(num_new * (length - num_new)) + static_cast<double>(num_new * (num_new + 1)) / 2;
+    const double flops = 4.0 * static_cast<double>(num_sequences) * keys * kHeads * layout.head_dim;
+    const std::string name = "attention " + std::string(NameOf(dtype)) + " " + std::to_string(num_sequences) + " x " +
+                             std::to_string(num_new) + " of " + std::to_string(length);
+    if (num_new == 1) {
+      const double rate = static_cast<double>(pool.size_bytes) / seconds * 1e-9;
+      Report({name, seconds * 1e6, rate, "GB/s", 100 * rate / limits_.read_gigabytes});
+    } else {
+      const double rate = flops / seconds * 1e-9;
+      Report({name, seconds * 1e6, rate, "GFLOP/s", 100 * rate / limits_.fma_gigaflops});
+    }
+  }
+
+  void Samples(std::int64_t vocab) {
+    SampleRow row;
+    Sample(vocab, "greedy", row);
+    row.temperature = 0.8F;
+    Sample(vocab, "temperature", row);
+    row.top_k = 50;
+    row.top_p = 0.95F;
+    Sample(vocab, "top_k 50 top_p 0.95", row);
+    row.top_k = 0;
+    Sample(vocab, "top_p 0.95", row);
+    row.num_logprobs = 20;
+    Sample(vocab, "top_p 0.95, 20 logprobs", row);
+  }
+
+  void WriteJson(const std::string& path) const {
+    std::ofstream file(path);
+    file << "{\"device\": \"" << device_->description() << "\", \"results\": [";
+    for (std::size_t i = 0; i < results_.size(); ++i) {
+      const Result& result = results_[i];
+      file << (i == 0 ? "\n" : ",\n") << "  {\"name\": \"" << result.name
+           << "\", \"microseconds\": " << result.microseconds << ", \"value\": " << result.value << ", \"unit\": \""
+           << result.unit << "\", \"percent_of_limit\": " << result.percent_of_limit << "}";
+    }
+    file << "\n]}\n";
+  }
+
+ private:
+  void Sample(std::int64_t vocab, const std::string& what, const SampleRow& row) {
+    constexpr std::int64_t kRows = 16;
+    std::vector<float> logits(static_cast<std::size_t>(kRows * vocab));
+    std::mt19937_64 random(6);
+    std::normal_distribution<float> normal(0, 3);
+    for (float& logit : logits) logit = normal(random);
+    std::vector<SampleRow> rows(kRows, row);
+    for (std::size_t r = 0; r < rows.size(); ++r) rows[r].seed = r;
+    std::vector<SampleResult> results(kRows);
+    std::vector<SampleResult> expected(kRows);
+    SampleArgs args;
+    args.logits = logits.data();
+    args.num_rows = kRows;
+    args.vocab = vocab;
+    args.rows = rows.data();
+    args.results = expected.data();
+    reference_->kernels().Sample(*reference_stream_, args);
+    SPILLWAY_CHECK(reference_stream_->Record()->Await().ok());
+    args.results = results.data();
+    const double seconds = MedianSeconds([&] {
+      device_->kernels().Sample(*stream_, args);
+      Finish();
+    });
+    for (std::size_t r = 0; r < rows.size(); ++r) SPILLWAY_CHECK(results[r].token == expected[r].token) << what;
+    Report({"sample " + std::to_string(vocab) + " x 16 " + what, seconds * 1e6, seconds / kRows * 1e6, "us/row", 0});
+  }
+
+  void Finish() { SPILLWAY_CHECK(stream_->Record()->Await().ok()) << stream_->status(); }
+
+  void Report(const Result& result) {
+    std::printf("%-44s %10.1f us %9.1f %-8s", result.name.c_str(), result.microseconds, result.value,
+                result.unit.c_str());
+    if (result.percent_of_limit != 0) std::printf(" %5.1f %% of the limit", result.percent_of_limit);
+    std::printf("\n");
+    std::fflush(stdout);
+    results_.push_back(result);
+  }
+
+  void CheckGemm(GemmArgs args, const PackedMatrix& fast, const PackedMatrix& plain) {
+    args.num_rows = std::min<std::int64_t>(args.num_rows, 4);
+    const std::size_t size = static_cast<std::size_t>(args.num_rows * fast.rows());
+    args.weight = &fast;
+    device_->kernels().Gemm(*stream_, args);
+    Finish();
+    std::vector<float> expected(size);
+    const std::vector<float> actual(args.out, args.out + size);
+    args.weight = &plain;
+    args.out = expected.data();
+    reference_->kernels().Gemm(*reference_stream_, args);
+    SPILLWAY_CHECK(reference_stream_->Record()->Await().ok());
+    for (std::size_t i = 0; i < size; ++i) SPILLWAY_CHECK(std::abs(actual[i] - expected[i]) < 1e-3) << "gemm, " << i;
+  }
+
+  // The last token of each sequence.
+  void CheckAttention(const AttentionArgs& args, const std::vector<float>& out) {
+    device_->kernels().Attention(*stream_, args);
+    Finish();
+    const std::size_t token = static_cast<std::size_t>(args.num_heads * args.kv.layout.head_dim);
+    const auto last = static_cast<std::size_t>(args.num_tokens - 1) * token;
+    const std::int64_t s = args.num_sequences - 1;
+    const std::int32_t query_begin[] = {0, 1};
+    const std::int32_t position = args.first_position[s] + args.query_begin[s + 1] - args.query_begin[s] - 1;
+    std::vector<float> expected(token);
+    AttentionArgs one = args;
+    one.q = args.q + last * SizeOf(args.q_dtype);
+    one.num_sequences = 1;
+    one.num_tokens = 1;
+    one.query_begin = query_begin;
+    one.first_position = &position;
+    one.block_begin = args.block_begin + s;
+    one.out = reinterpret_cast<std::byte*>(expected.data());
+    reference_->kernels().Attention(*reference_stream_, one);
+    SPILLWAY_CHECK(reference_stream_->Record()->Await().ok());
+    for (std::size_t i = 0; i < token; ++i) {
+      SPILLWAY_CHECK(std::abs(out[last + i] - expected[i]) < 1e-4) << "attention, " << i;
+    }
+  }
+
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Device> reference_;
+  std::unique_ptr<Stream> reference_stream_;
+  MachineLimits limits_;
+  std::vector<Result> results_;
+};
+
+int Main(int argc, char** argv) {
+  CpuDeviceOptions options;
+  std::string json;
+  std::string only;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string flag = argv[i];
+    if (flag == "--json") json = argv[i + 1];
+    if (flag == "--only") only = argv[i + 1];
+    if (flag == "--target") options.target = argv[i + 1];
+    if (flag == "--gemm") options.gemm = argv[i + 1];
+    if (flag == "--workers") options.num_workers = std::stoi(argv[i + 1]);
+  }
+  KernelBench bench(options);
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    if (only.empty() || only == "gemm") bench.Gemm(dtype);
+    if (only.empty() || only == "attention") {
+      bench.Attention(dtype, 4, 16384, 1);
+      bench.Attention(dtype, 1, 512, 512);
+      bench.Attention(dtype, 1, 4096, 512);
+    }
+  }
+  if (only.empty() || only == "sample") {
+    for (const std::int64_t vocab : {32768, 128000}) bench.Samples(vocab);
+  }
+  if (!json.empty()) bench.WriteJson(json);
+  return 0;
+}
+
+}  // namespace
+}  // namespace spillway
+
+int main(int argc, char** argv) { return spillway::Main(argc, argv); }

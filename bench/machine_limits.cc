@@ -1,0 +1,142 @@
+#include "bench/machine_limits.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace spillway {
+namespace {
+
+// Best of several runs of body(thread) on all threads at once, in seconds.
+double BestSeconds(int num_threads, const std::function<void(int)>& body) {
+  double best = 1e9;
+  for (int run = 0; run < 6; ++run) {
+    const auto begin = std::chrono::steady_clock::now();
+    std::vector<std::thread> threads;
+    for (int t = 0; t < num_threads; ++t) threads.emplace_back(body, t);
+    for (std::thread& thread : threads) thread.join();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  }
+  return best;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f"))) float FmaAvx512(std::int64_t rounds) {
+  __m512 sums[16];
+  for (__m512& sum : sums) sum = _mm512_set1_ps(1);
+  const __m512 factor = _mm512_set1_ps(0.999F);
+  for (std::int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+    for (__m512& sum : sums) sum = _mm512_fmadd_ps(sum, factor, factor);
+  }
+  float total = 0;
+  for (const __m512& sum : sums) total += _mm512_cvtss_f32(sum);
+  return total;
+}
+
+__attribute__((target("avx2,fma"))) float FmaAvx2(std::int64_t rounds) {
+  __m256 sums[12];
+  for (__m256& sum : sums) sum = _mm256_set1_ps(1);
+  const __m256 factor = _mm256_set1_ps(0.999F);
+  for (std::int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (__m256& sum : sums) sum = _mm256_fmadd_ps(sum, factor, factor);
+  }
+  float total = 0;
+  for (const __m256& sum : sums) total += _mm256_cvtss_f32(sum);
+  return total;
+}
+#endif
+
+double FmaGigaflops(int num_threads) {
+  constexpr std::int64_t kRounds = 4'000'000;
+  std::vector<float> sinks(static_cast<std::size_t>(num_threads) * 16);
+#if defined(__x86_64__)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") != 0;
+  const double flops_per_round = has_avx512 ? 16 * 16 * 2 : 12 * 8 * 2;
+  const auto run = has_avx512 ? FmaAvx512 : FmaAvx2;
+#else
+  const double flops_per_round = 2;
+  const auto run = [](std::int64_t rounds) {
+    float sum = 1;
+    for (std::int64_t i = 0; i < rounds; ++i) sum = __builtin_fmaf(sum, 0.999F, 0.999F);
+    return sum;
+  };
+#endif
+  const double seconds =
+      BestSeconds(num_threads, [&](int thread) { sinks[static_cast<std::size_t>(thread) * 16] = run(kRounds); });
+  return flops_per_round * static_cast<double>(kRounds) * num_threads / seconds * 1e-9;
+}
+
+std::uint64_t ReadWords(const std::byte* from, std::size_t size_bytes) {
+  std::uint64_t sum = 0;
+  for (std::size_t i = 0; i + 8 <= size_bytes; i += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, from + i, 8);
+    sum += word;
+  }
+  return sum;
+}
+
+#if defined(__x86_64__)
+// Several pages at once, each ahead of its use: one stream alone does not fill the line-fill buffers.
+__attribute__((target("avx2"))) std::uint64_t ReadAvx2(const std::byte* from, std::size_t size_bytes) {
+  constexpr std::size_t kStreams = 4;
+  const std::size_t stream_bytes = size_bytes / kStreams;
+  __m256i sums[kStreams] = {};
+  for (std::size_t i = 0; i + 64 <= stream_bytes; i += 64) {
+#pragma GCC unroll 4
+    for (std::size_t s = 0; s < kStreams; ++s) {
+      const auto* const at = reinterpret_cast<const __m256i*>(from + s * stream_bytes + i);
+      _mm_prefetch(reinterpret_cast<const char*>(at) + 1024, _MM_HINT_T0);
+      sums[s] = _mm256_add_epi64(sums[s], _mm256_add_epi64(_mm256_load_si256(at), _mm256_load_si256(at + 1)));
+    }
+  }
+  std::uint64_t total = 0;
+  for (const __m256i& sum : sums) total += static_cast<std::uint64_t>(_mm256_extract_epi64(sum, 0));
+  return total;
+}
+#endif
+
+std::uint64_t (*ReadOfThisMachine())(const std::byte*, std::size_t) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") != 0) return ReadAvx2;
+#endif
+  return ReadWords;
+}
+
+}  // namespace
+
+MachineLimits MeasureLimits(Device& device, int num_threads) {
+  MachineLimits limits;
+  const std::size_t bytes_per_thread = (std::size_t{512} << 20) / static_cast<std::size_t>(num_threads) / 4096 * 4096;
+  const std::size_t num_bytes = bytes_per_thread * static_cast<std::size_t>(num_threads);
+  const Buffer from = device.Allocate(MemoryKind::kPinnedHost, num_bytes).value();
+  const Buffer to = device.Allocate(MemoryKind::kPinnedHost, num_bytes).value();
+  std::memset(from.get(), 3, num_bytes);
+  std::memset(to.get(), 5, num_bytes);
+  const double gigabytes = static_cast<double>(num_bytes) * 1e-9;
+  std::vector<std::uint64_t> sinks(static_cast<std::size_t>(num_threads) * 8);
+  const auto read = ReadOfThisMachine();
+  limits.read_gigabytes = gigabytes / BestSeconds(num_threads, [&](int thread) {
+                            const auto t = static_cast<std::size_t>(thread);
+                            sinks[t * 8] += read(from.get() + t * bytes_per_thread, bytes_per_thread);
+                          });
+  limits.copy_gigabytes = gigabytes / BestSeconds(num_threads, [&](int thread) {
+                            const std::size_t begin = static_cast<std::size_t>(thread) * bytes_per_thread;
+                            std::memcpy(to.get() + begin, from.get() + begin, bytes_per_thread);
+                          });
+  limits.fma_gigaflops = FmaGigaflops(num_threads);
+  return limits;
+}
+
+}  // namespace spillway

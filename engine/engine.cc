@@ -1,0 +1,349 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/mailbox.h"
+#include "engine/model.h"
+#include "engine/scheduler.h"
+#include "engine/sequence.h"
+#include "engine/step_runner.h"
+#include "kernels/check.h"
+#include "kernels/status_macros.h"
+
+namespace spillway {
+namespace {
+
+double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Stop ids of one request at most; the step's metadata is sized for it.
+constexpr std::size_t kMaxStopTokens = 256;
+
+class ThreadedEngine : public Engine {
+ public:
+  ThreadedEngine(std::unique_ptr<Model> model, const EngineOptions& options, EngineObserver* observer)
+      : model_(std::move(model)), options_(options), observer_(observer), chain_(options.prefix_hash_seed) {}
+  ~ThreadedEngine() override;
+
+  absl::Status Start(Device& device);
+
+  absl::Status Submit(std::vector<SequenceRequest> requests) override;
+  void Cancel(std::uint64_t id) override { mailbox_.Cancel(id); }
+  EngineStatus status() const override;
+  const Model& model() const override { return *model_; }
+  const EngineOptions& options() const override { return options_; }
+  std::int64_t capacity_tokens() const override { return std::int64_t{store_->num_blocks()} * kBlockTokens; }
+  bool ResetPrefixCache() override;
+
+ private:
+  void Loop();
+  bool HandleMail();  // false: stop
+  bool RunStep();     // false: the engine has failed
+  void Digest(const StepPlan& plan);
+  void End(Sequence& sequence, const Finish& finish);
+  void Report(const Sequence& sequence, FinishReason reason, bool failed);
+  void Fail(const absl::Status& status);
+  void PublishStatus();
+  void Beat() { last_beat_.store(Now(), std::memory_order_relaxed); }
+
+  const std::unique_ptr<Model> model_;
+  const EngineOptions options_;
+  EngineObserver* const observer_;
+  const KeyChain chain_;
+  Mailbox mailbox_;
+
+  const std::unique_ptr<HostTier> null_host_ = MakeNullHostTier();
+  // Engine thread only, after Start.
+  std::unique_ptr<KvStore> store_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<StepRunner> runner_;
+
+  // Any thread.
+  std::atomic<double> last_beat_{0};
+  std::atomic<bool> is_busy_{false};
+  std::atomic<std::int32_t> num_running_{0};
+  std::atomic<std::int64_t> num_held_{0};
+  std::atomic<std::int64_t> num_cold_{0};
+  mutable std::mutex failure_mutex_;  // guards failure_
+  std::string failure_;
+  std::thread thread_;
+};
+
+absl::Status ThreadedEngine::Start(Device& device) {
+  const KvLayout layout = model_->kv_layout();
+  const auto num_blocks = static_cast<std::size_t>(options_.kv_cache_bytes) / layout.block_bytes();
+  if (num_blocks == 0 || num_blocks > 0x7fffffffU) {
+    return absl::InvalidArgumentError(absl::StrCat("kv_cache_bytes is ", options_.kv_cache_bytes, "; one block of ", kBlockTokens,
+                                                   " tokens takes ", layout.block_bytes(), " bytes"));
+  }
+  if (options_.max_model_len < 2 || options_.max_num_seqs < 1 || options_.max_num_batched_tokens < 1 ||
+      options_.max_queued_requests < 1 || options_.long_prefill_token_threshold < 0) {
+    return absl::InvalidArgumentError(
+        "max_model_len must be at least 2; max_num_seqs, max_num_batched_tokens and max_queued_requests at least 1; "
+        "long_prefill_token_threshold at least 0");
+  }
+  HostTier& host = options_.host_tier != nullptr ? *options_.host_tier : *null_host_;
+  const KvStoreOptions store_options{.layout = layout,
+                                     .num_blocks = static_cast<std::uint32_t>(num_blocks),
+                                     .caching = options_.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
+                                     .before_copy = options_.before_copy};
+  ASSIGN_OR_RETURN(store_, KvStore::Make(device, host, store_options, [this] { mailbox_.TransferDone(); }));
+  scheduler_ = std::make_unique<Scheduler>(
+      *store_, chain_,
+      Scheduler::Options{.max_num_seqs = options_.max_num_seqs,
+                         .max_num_batched_tokens = options_.max_num_batched_tokens,
+                         .long_prefill_token_threshold = options_.long_prefill_token_threshold,
+                         .enable_prefix_caching = options_.enable_prefix_caching},
+      observer_);
+  const StepRunner::Limits limits{
+      .max_tokens = options_.max_num_batched_tokens,
+      .max_sequences = std::min(options_.max_num_seqs, options_.max_num_batched_tokens),
+      .max_blocks_per_sequence = (options_.max_model_len + kBlockTokens - 1) / kBlockTokens,
+      .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
+  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, options_.hash_logits));
+  Beat();
+  thread_ = std::thread([this] { Loop(); });
+  return absl::OkStatus();
+}
+
+ThreadedEngine::~ThreadedEngine() {
+  if (thread_.joinable()) {
+    mailbox_.Stop();
+    thread_.join();
+  }
+}
+
+absl::Status ThreadedEngine::Submit(std::vector<SequenceRequest> requests) {
+  for (const SequenceRequest& request : requests) {
+    const auto prompt = static_cast<std::int64_t>(request.prompt.size());
+    const std::int64_t wanted = prompt + request.sampling.max_tokens;
+    if (prompt < 1 || request.sampling.max_tokens < 1) {
+      return absl::InvalidArgumentError("a request needs at least one prompt token and max_tokens of at least 1");
+    }
+    if (request.sampling.stop_token_ids.size() > kMaxStopTokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("stop_token_ids has ", request.sampling.stop_token_ids.size(), " ids, at most ", kMaxStopTokens));
+    }
+    if (wanted > options_.max_model_len) {
+      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ", request.sampling.max_tokens,
+                                                " exceed max_model_len ", options_.max_model_len));
+    }
+    // The last sampled token is never computed, so it needs no row.
+    if (wanted - 1 > capacity_tokens()) {
+      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ", request.sampling.max_tokens,
+                                                " can never fit the KV cache of ", capacity_tokens(), " tokens"));
+    }
+  }
+  switch (mailbox_.Submit(requests, Now(), options_.max_queued_requests)) {
+    case Mailbox::Accepted::kYes:
+      return absl::OkStatus();
+    case Mailbox::Accepted::kFull:
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the queue is full: ", mailbox_.num_waiting(), " of ", options_.max_queued_requests, " requests wait"));
+    case Mailbox::Accepted::kClosed:
+      break;
+  }
+  const std::lock_guard lock(failure_mutex_);
+  return absl::UnavailableError(failure_.empty() ? "the engine has stopped" : failure_);
+}
+
+bool ThreadedEngine::ResetPrefixCache() {
+  const bool was_idle = num_running_.load() == 0;
+  mailbox_.ResetPrefixCache();
+  return was_idle;
+}
+
+EngineStatus ThreadedEngine::status() const {
+  EngineStatus status;
+  status.num_running = num_running_.load(std::memory_order_relaxed);
+  status.num_waiting = mailbox_.num_waiting();
+  status.kv_blocks_total = store_->num_blocks();
+  status.kv_blocks_used = num_held_.load(std::memory_order_relaxed);
+  status.kv_blocks_cached = num_cold_.load(std::memory_order_relaxed);
+  status.kv_usage = static_cast<double>(status.kv_blocks_used) / static_cast<double>(status.kv_blocks_total);
+  {
+    const std::lock_guard lock(failure_mutex_);
+    status.failure = failure_;
+  }
+  const double silence = Now() - last_beat_.load(std::memory_order_relaxed);
+  if (status.failure.empty() && is_busy_.load() && silence > absl::ToDoubleSeconds(options_.stall_timeout)) {
+    status.failure = absl::StrCat("the engine has not made a step for ", static_cast<int>(silence), " s");
+  }
+  status.is_alive = status.failure.empty();
+  return status;
+}
+
+void ThreadedEngine::Loop() {
+  while (true) {
+    if (!scheduler_->has_work()) {
+      scheduler_->CheckInvariants();
+      is_busy_.store(false);
+      mailbox_.Await();
+      Beat();
+      is_busy_.store(true);
+    }
+    if (!HandleMail()) break;
+    if (scheduler_->has_work() && !RunStep()) return;
+    PublishStatus();
+    Beat();
+  }
+  Fail(absl::UnavailableError("the engine has stopped"));
+}
+
+bool ThreadedEngine::HandleMail() {
+  Mail mail = mailbox_.Take();
+  for (std::size_t i = 0; i < mail.submitted.size(); ++i) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->request = std::move(mail.submitted[i]);
+    sequence->submitted_at = mail.submitted_at[i];
+    sequence->tokens = std::move(sequence->request.prompt);
+    sequence->num_prompt = sequence->size();
+    const SamplingParams& params = sequence->request.sampling;
+    sequence->banned_until_min = params.stop_token_ids;
+    if (!params.ignore_eos) {
+      const auto& eos = model_->config().eos_tokens;
+      sequence->banned_until_min.insert(sequence->banned_until_min.end(), eos.begin(), eos.end());
+    }
+    scheduler_->Add(std::move(sequence));
+  }
+  for (const std::uint64_t id : mail.cancelled) {
+    if (Sequence* const sequence = scheduler_->Find(id)) End(*sequence, {.reason = FinishReason::kAborted});
+  }
+  if (mail.has_transfers && store_->Collect()) scheduler_->Loaded();
+  if (mail.reset_prefix_cache) {
+    store_->EvictCold();
+    store_->host().Clear();
+    if (store_->host().lower() != nullptr) store_->host().lower()->Clear();
+  }
+  return !mail.stop;
+}
+
+bool ThreadedEngine::RunStep() {
+  const double begin = Now();
+  const StepPlan plan = scheduler_->Plan(begin);
+  PublishStatus();
+  if (plan.empty()) {
+    SPILLWAY_CHECK(store_->has_transfers()) << "there is work and no step to make of it";
+    if (mailbox_.AwaitFor(absl::ToChronoNanoseconds(options_.stall_timeout))) return true;
+    Fail(absl::UnavailableError(
+        absl::StrCat("no transfer has ended within ", absl::FormatDuration(options_.stall_timeout))));
+    return false;
+  }
+  runner_->Launch(plan, store_->view(), [this] { mailbox_.StepDone(); });
+  if (!mailbox_.AwaitStep(absl::ToChronoNanoseconds(options_.stall_timeout))) {
+    Fail(absl::UnavailableError(
+        absl::StrCat("the device has not finished a step within ", absl::FormatDuration(options_.stall_timeout))));
+    return false;
+  }
+  if (const absl::Status status = runner_->status(); !status.ok()) {
+    Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", status.message())));
+    return false;
+  }
+  Digest(plan);
+  if (observer_ != nullptr) {
+    observer_->OnStep({.seconds = Now() - begin,
+                       .num_tokens = plan.num_tokens,
+                       .num_prefill_tokens = plan.num_prefill_tokens,
+                       .num_generated = static_cast<std::int32_t>(runner_->results().size()),
+                       .num_preempted = plan.num_preempted});
+  }
+  return true;
+}
+
+void ThreadedEngine::Digest(const StepPlan& plan) {
+  scheduler_->Computed(plan);
+  const double now = Now();
+  std::size_t next = 0;
+  for (const PlannedSequence& planned : plan.sequences) {
+    if (!planned.samples) continue;
+    Sequence& sequence = *planned.sequence;
+    const SamplingParams& params = sequence.request.sampling;
+    const SampleResult& result = runner_->results()[next++];
+    SampledToken token{.token = result.token, .logprob = result.logprob, .rank = result.rank, .logits_hash = result.logits_hash};
+    for (std::int32_t i = 0; i < result.num_top; ++i) {
+      token.top.push_back({.token = result.top_tokens[i], .logprob = result.top_logprobs[i], .rank = i + 1});
+    }
+    sequence.tokens.push_back(token.token);
+    if (sequence.first_token_at == 0) {
+      sequence.first_token_at = now;
+      if (observer_ != nullptr) observer_->OnFirstToken(now - sequence.submitted_at);
+    } else if (observer_ != nullptr) {
+      observer_->OnInterToken(now - sequence.last_token_at);
+    }
+    sequence.last_token_at = now;
+    sequence.request.sink->OnToken(token);
+
+    // Before min_tokens these are banned, unless every token is; then the ban is void and min_tokens still holds.
+    const bool may_stop = sequence.num_outputs() > params.min_tokens || params.min_tokens == 0;
+    const bool is_eos = !params.ignore_eos && std::ranges::count(model_->config().eos_tokens, token.token) > 0;
+    if (may_stop && (is_eos || std::ranges::count(params.stop_token_ids, token.token) > 0)) {
+      End(sequence, {.reason = FinishReason::kStop, .stop_token = token.token, .is_eos = is_eos});
+    } else if (sequence.num_outputs() >= params.max_tokens || sequence.size() >= options_.max_model_len) {
+      End(sequence, {.reason = FinishReason::kLength});
+    }
+  }
+}
+
+void ThreadedEngine::End(Sequence& sequence, const Finish& finish) {
+  const std::unique_ptr<Sequence> finished = scheduler_->Remove(&sequence);
+  Report(*finished, finish.reason, /*failed=*/false);
+  finished->request.sink->OnFinish(finish);
+}
+
+void ThreadedEngine::Report(const Sequence& sequence, FinishReason reason, bool failed) {
+  if (observer_ == nullptr) return;
+  const double now = Now();
+  const double scheduled = sequence.was_scheduled ? sequence.scheduled_at : now;
+  const double first = sequence.first_token_at;
+  observer_->OnSequenceDone({.reason = reason,
+                             .failed = failed,
+                             .prompt_tokens = sequence.num_prompt,
+                             .cached_tokens = sequence.num_cached,
+                             .generated_tokens = sequence.num_outputs(),
+                             .max_tokens = sequence.request.sampling.max_tokens,
+                             .queue_seconds = scheduled - sequence.submitted_at,
+                             .first_token_seconds = first > 0 ? first - sequence.submitted_at : 0,
+                             .prefill_seconds = first > 0 ? first - scheduled : 0,
+                             .decode_seconds = first > 0 ? sequence.last_token_at - first : 0,
+                             .total_seconds = now - sequence.submitted_at});
+}
+
+// Ends everything with `status`; nothing is accepted afterwards.
+void ThreadedEngine::Fail(const absl::Status& status) {
+  {
+    const std::lock_guard lock(failure_mutex_);
+    failure_ = std::string(status.message());
+  }
+  const Mail refused = mailbox_.Close();
+  for (const SequenceRequest& request : refused.submitted) request.sink->OnError(status);
+  for (Sequence* const sequence : scheduler_->All()) {
+    const std::unique_ptr<Sequence> failed = scheduler_->Remove(sequence);
+    Report(*failed, FinishReason::kAborted, /*failed=*/true);
+    failed->request.sink->OnError(status);
+  }
+  mailbox_.SetWaiting(0);
+  PublishStatus();
+}
+
+void ThreadedEngine::PublishStatus() {
+  mailbox_.SetWaiting(scheduler_->num_waiting());
+  num_running_.store(scheduler_->num_running(), std::memory_order_relaxed);
+  num_held_.store(store_->num_held(), std::memory_order_relaxed);
+  num_cold_.store(store_->num_cold(), std::memory_order_relaxed);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Make(Device& device, std::unique_ptr<Model> model, const EngineOptions& options,
+                                                     EngineObserver* observer) {
+  auto engine = std::make_unique<ThreadedEngine>(std::move(model), options, observer);
+  RETURN_IF_ERROR(engine->Start(device));
+  return engine;
+}
+
+}  // namespace spillway

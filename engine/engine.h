@@ -1,0 +1,112 @@
+#pragma once
+
+// Engine: one model on one device, on one thread. Its mailbox is the only way in; TokenSinks are the way out.
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/request.h"
+#include "kernels/device.h"
+
+namespace spillway {
+
+class HostTier;
+class Model;
+struct Transfer;
+
+struct EngineOptions {
+  std::int64_t kv_cache_bytes = 0;      // device tier; must hold at least one block
+  std::int32_t max_model_len = 0;       // prompt + output of one sequence, tokens
+  std::int32_t max_num_seqs = 256;      // sequences running at once
+  std::int32_t max_num_batched_tokens = 2048;  // token budget of a step
+  std::int32_t long_prefill_token_threshold = 0;  // most prefill tokens of one sequence in a step; 0 = the budget
+  std::int32_t max_queued_requests = 4096;     // waiting sequences beyond those running
+  bool enable_prefix_caching = true;
+  bool hash_logits = false;             // identity tests: SampledToken.logits_hash is filled
+  std::string prefix_hash_seed = "0";   // first parent of the key chain (vLLM: PYTHONHASHSEED)
+  absl::Duration stall_timeout = absl::Seconds(60);  // a step that takes longer is a stall
+  HostTier* host_tier = nullptr;  // outlives the engine, shared by several; null: offloading off
+  std::function<absl::Status(const Transfer&)> before_copy;  // fault injection for tests, see TransferOptions
+};
+
+// One step, reported on the engine thread.
+struct StepReport {
+  double seconds = 0;
+  std::int32_t num_tokens = 0;       // rows computed
+  std::int32_t num_prefill_tokens = 0;
+  std::int32_t num_generated = 0;
+  std::int32_t num_preempted = 0;
+};
+
+// One finished sequence.
+struct SequenceReport {
+  FinishReason reason = FinishReason::kStop;
+  bool failed = false;
+  std::int32_t prompt_tokens = 0;
+  std::int32_t cached_tokens = 0;
+  std::int32_t generated_tokens = 0;
+  std::int32_t max_tokens = 0;
+  double queue_seconds = 0;      // submitted -> first scheduled
+  double first_token_seconds = 0;  // submitted -> first token; 0 if none
+  double prefill_seconds = 0;    // first scheduled -> first token
+  double decode_seconds = 0;     // first token -> last token
+  double total_seconds = 0;      // submitted -> finished
+};
+
+// Called on the engine thread; must not block. Metrics implements it.
+class EngineObserver {
+ public:
+  virtual ~EngineObserver() = default;
+  virtual void OnStep(const StepReport& report) = 0;
+  // Of the device tier, when a sequence is first admitted; then of the tiers below it.
+  virtual void OnPrefixQuery(std::int64_t queried_tokens, std::int64_t hit_tokens) = 0;
+  virtual void OnPrefixQueryBelow(std::int64_t /*queried_tokens*/, std::int64_t /*hit_tokens*/) {}
+  virtual void OnFirstToken(double seconds_since_submit) = 0;
+  virtual void OnInterToken(double seconds) = 0;
+  virtual void OnSequenceDone(const SequenceReport& report) = 0;
+};
+
+// A snapshot; any thread.
+struct EngineStatus {
+  std::int32_t num_running = 0;
+  std::int32_t num_waiting = 0;
+  std::int64_t kv_blocks_total = 0;
+  std::int64_t kv_blocks_used = 0;   // held by sequences
+  std::int64_t kv_blocks_cached = 0;  // held by none, findable
+  double kv_usage = 0;               // used / total
+  bool is_alive = true;              // false: stopped, failed or stalled beyond stall_timeout
+  std::string failure;               // why, where it is not
+};
+
+class Engine {
+ public:
+  // `device` and `observer` (may be null) outlive the engine. Allocates everything and starts the thread.
+  static absl::StatusOr<std::unique_ptr<Engine>> Make(Device& device, std::unique_ptr<Model> model,
+                                                      const EngineOptions& options, EngineObserver* observer);
+  virtual ~Engine() = default;  // cancels what runs, joins the thread
+
+  // All or none. Any thread; never blocks for long. On error no sink is called.
+  //   RESOURCE_EXHAUSTED  the queue is full
+  //   OUT_OF_RANGE        can never fit: names the lengths and the limit
+  //   UNAVAILABLE         the engine has stopped or failed
+  virtual absl::Status Submit(std::vector<SequenceRequest> requests) = 0;
+
+  // The sequence ends with kAborted within one step, its blocks freed. Unknown or finished ids are ignored. Any thread.
+  virtual void Cancel(std::uint64_t id) = 0;
+
+  virtual EngineStatus status() const = 0;  // any thread
+  virtual const Model& model() const = 0;
+  virtual const EngineOptions& options() const = 0;
+  virtual std::int64_t capacity_tokens() const = 0;  // of the device tier
+
+  // Drops every cached block that no sequence holds; false if sequences were running (their blocks stay findable).
+  virtual bool ResetPrefixCache() = 0;
+};
+
+}  // namespace spillway

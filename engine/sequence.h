@@ -1,0 +1,49 @@
+#pragma once
+
+// Sequence: one request's tokens, counters and blocks. Its state is its counters:
+//
+//   tokens  [0, num_prompt) given, [num_prompt, size) sampled and reported
+//   KV      [0, num_published * 16) findable; [.., num_computed) written; [num_computed, blocks * 16) reserved
+//
+// A loading sequence waits for restores of blocks [num_published, blocks). A running sequence computes [num_computed, size); the step that reaches size samples the next token. Preemption sets
+// num_computed to 0 and keeps the tokens: what was sampled is computed again as prompt, never sampled again.
+// Engine thread only.
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/request.h"
+#include "kvstore/block_key.h"
+#include "kvstore/block_pool.h"
+#include "kvstore/kv_store.h"
+
+namespace spillway {
+
+struct Sequence {
+  SequenceRequest request;
+  std::vector<std::int32_t> tokens;
+  std::vector<std::int32_t> banned_until_min;  // end and stop tokens; not sampled before min_tokens outputs
+  std::vector<BlockRef> blocks;
+  std::vector<BlockKey> keys;  // of the full blocks of `tokens`, grown as they fill
+  std::int32_t num_prompt = 0;
+  std::int32_t num_computed = 0;
+  std::int32_t num_published = 0;  // blocks
+  std::int32_t num_planned = 0;    // tokens in the step being planned or run
+  std::int32_t num_claimed = 0;    // keys [num_published, num_claimed) are announced as being computed
+  std::vector<std::shared_ptr<Restoring>> restoring;  // one per block at the end of `blocks`, while loading
+  bool was_scheduled = false;
+
+  // Seconds on the engine's clock; 0 = not yet.
+  double submitted_at = 0;
+  double scheduled_at = 0;
+  double first_token_at = 0;
+  double last_token_at = 0;
+  std::int32_t num_cached = 0;  // prompt tokens found in any tier when first scheduled
+
+  std::int32_t size() const { return static_cast<std::int32_t>(tokens.size()); }
+  std::int32_t num_outputs() const { return size() - num_prompt; }
+  std::int32_t num_uncomputed() const { return size() - num_computed; }
+};
+
+}  // namespace spillway

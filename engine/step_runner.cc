@@ -1,0 +1,146 @@
+#include "engine/step_runner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/sequence.h"
+#include "kernels/check.h"
+#include "kernels/status_macros.h"
+
+namespace spillway {
+namespace {
+
+std::span<const std::int32_t> BannedFor(const Sequence& sequence) {
+  if (sequence.num_outputs() >= sequence.request.sampling.min_tokens) return {};
+  return sequence.banned_until_min;
+}
+
+SampleRow SampleRowOf(const Sequence& sequence) {
+  const SamplingParams& params = sequence.request.sampling;
+  return {.temperature = params.temperature,
+          .top_p = params.top_p,
+          .min_p = params.min_p,
+          .top_k = params.top_k,
+          .seed = params.seed,
+          .choice = sequence.request.choice,
+          .output_index = static_cast<std::uint32_t>(sequence.num_outputs()),
+          .num_logprobs = params.num_logprobs};
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Model& model, const Limits& limits,
+                                                             bool hash_logits) {
+  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, hash_logits));
+  const auto sequences = static_cast<std::size_t>(limits.max_sequences);
+  Arena count;
+  LayOut(count, {.tokens = static_cast<std::size_t>(limits.max_tokens),
+                 .sequences = sequences,
+                 .blocks = sequences * static_cast<std::size_t>(limits.max_blocks_per_sequence),
+                 .sampled = sequences,
+                 .banned = sequences * static_cast<std::size_t>(limits.max_banned_per_sequence)});
+  RETURN_IF_ERROR(model.Reserve(limits.max_tokens, limits.max_sequences));
+  ASSIGN_OR_RETURN(runner->host_metadata_, device.Allocate(MemoryKind::kPinnedHost, count.used()));
+  ASSIGN_OR_RETURN(runner->device_metadata_, device.Allocate(MemoryKind::kDevice, count.used()));
+  const std::size_t result_bytes = sequences * sizeof(SampleResult);
+  ASSIGN_OR_RETURN(runner->host_result_memory_, device.Allocate(MemoryKind::kPinnedHost, result_bytes));
+  ASSIGN_OR_RETURN(runner->device_result_memory_, device.Allocate(MemoryKind::kDevice, result_bytes));
+  runner->host_results_ = reinterpret_cast<SampleResult*>(runner->host_result_memory_.get());
+  ASSIGN_OR_RETURN(runner->stream_, device.NewStream());
+  return runner;
+}
+
+StepRunner::Layout StepRunner::LayOut(Arena& arena, const Counts& counts) {
+  Layout layout{};
+  layout.tokens = arena.Take<std::int32_t>(counts.tokens);
+  layout.positions = arena.Take<std::int32_t>(counts.tokens);
+  layout.blocks = arena.Take<std::int32_t>(counts.tokens);
+  layout.query_begin = arena.Take<std::int32_t>(counts.sequences + 1);
+  layout.first_position = arena.Take<std::int32_t>(counts.sequences);
+  layout.block_begin = arena.Take<std::int32_t>(counts.sequences + 1);
+  layout.block_table = arena.Take<std::int32_t>(counts.blocks);
+  layout.sampled_rows = arena.Take<std::int32_t>(counts.sampled);
+  layout.banned_begin = arena.Take<std::int32_t>(counts.sampled + 1);
+  layout.banned = arena.Take<std::int32_t>(counts.banned);
+  layout.sample_rows = arena.Take<SampleRow>(counts.sampled);
+  return layout;
+}
+
+StepRunner::Counts StepRunner::CountsOf(const StepPlan& plan) {
+  Counts counts{.tokens = static_cast<std::size_t>(plan.num_tokens), .sequences = plan.sequences.size()};
+  for (const PlannedSequence& planned : plan.sequences) {
+    counts.blocks += planned.sequence->blocks.size();
+    if (!planned.samples) continue;
+    ++counts.sampled;
+    counts.banned += BannedFor(*planned.sequence).size();
+  }
+  return counts;
+}
+
+void StepRunner::Fill(const StepPlan& plan, const Layout& host) {
+  std::int32_t row = 0;
+  std::int32_t block = 0;
+  std::int32_t sampled = 0;
+  std::int32_t banned = 0;
+  std::int32_t index = 0;
+  host.query_begin[0] = host.block_begin[0] = host.banned_begin[0] = 0;
+  for (const PlannedSequence& planned : plan.sequences) {
+    const Sequence& sequence = *planned.sequence;
+    host.first_position[index] = sequence.num_computed;
+    for (const BlockRef& held : sequence.blocks) host.block_table[block++] = static_cast<std::int32_t>(held.id());
+    const std::int32_t* const table = host.block_table + host.block_begin[index];
+    for (std::int32_t i = 0; i < sequence.num_planned; ++i, ++row) {
+      const std::int32_t position = sequence.num_computed + i;
+      host.tokens[row] = sequence.tokens[static_cast<std::size_t>(position)];
+      host.positions[row] = position;
+      host.blocks[row] = table[position / kBlockTokens];
+    }
+    if (planned.samples) {
+      host.sampled_rows[sampled] = row - 1;
+      host.sample_rows[sampled] = SampleRowOf(sequence);
+      for (const std::int32_t token : BannedFor(sequence)) host.banned[banned++] = token;
+      host.banned_begin[++sampled] = banned;
+    }
+    ++index;
+    host.query_begin[index] = row;
+    host.block_begin[index] = block;
+  }
+}
+
+void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
+  const Counts counts = CountsOf(plan);
+  Arena host_arena(host_metadata_.get(), host_metadata_.size_bytes);
+  Arena device_arena(device_metadata_.get(), device_metadata_.size_bytes);
+  const Layout host = LayOut(host_arena, counts);
+  const Layout device = LayOut(device_arena, counts);
+  Fill(plan, host);
+  stream_->Copy(device_metadata_.get(), host_metadata_.get(), host_arena.used());
+
+  num_results_ = static_cast<std::int64_t>(counts.sampled);
+  const StepArrays arrays{.num_tokens = plan.num_tokens,
+                          .num_sequences = static_cast<std::int64_t>(counts.sequences),
+                          .num_sampled = num_results_,
+                          .tokens = device.tokens,
+                          .positions = device.positions,
+                          .blocks = device.blocks,
+                          .query_begin = device.query_begin,
+                          .first_position = device.first_position,
+                          .block_begin = device.block_begin,
+                          .block_table = device.block_table,
+                          .sampled_rows = device.sampled_rows};
+  const float* const logits = model_.Forward(*stream_, arrays, kv);
+  if (num_results_ > 0) {
+    device_.kernels().Sample(*stream_, {.logits = logits,
+                                        .num_rows = num_results_,
+                                        .vocab = model_.config().vocab,
+                                        .rows = device.sample_rows,
+                                        .banned_begin = device.banned_begin,
+                                        .banned = device.banned,
+                                        .hash_logits = hash_logits_,
+                                        .results = reinterpret_cast<SampleResult*>(device_result_memory_.get())});
+    stream_->Copy(host_result_memory_.get(), device_result_memory_.get(), counts.sampled * sizeof(SampleResult));
+  }
+  stream_->Notify(std::move(done));
+}
+
+}  // namespace spillway

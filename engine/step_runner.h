@@ -1,0 +1,80 @@
+#pragma once
+
+// StepRunner: executes a StepPlan. It lays the step's metadata out in pinned host memory, sends it to the device in one copy,
+// queues the forward pass and the sampling, and brings the results back; one step in flight at a time. Engine thread only, but
+// for `done`, which runs on a device thread.
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/model.h"
+#include "engine/step_plan.h"
+#include "kernels/arena.h"
+#include "kernels/kernels.h"
+
+namespace spillway {
+
+class StepRunner {
+ public:
+  struct Limits {
+    std::int32_t max_tokens = 0;
+    std::int32_t max_sequences = 0;
+    std::int32_t max_blocks_per_sequence = 0;
+    std::int32_t max_banned_per_sequence = 0;
+  };
+
+  // Reserves the model's workspace. `device` and `model` outlive the runner.
+  static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits, bool hash_logits);
+
+  // Queues the step. The plan's sequences stay unchanged until done. `done` may only post to a mailbox.
+  void Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done);
+
+  // After done: whether the step succeeded, and one result per sampling sequence, in the plan's order.
+  absl::Status status() const { return stream_->status(); }
+  std::span<const SampleResult> results() const { return {host_results_, static_cast<std::size_t>(num_results_)}; }
+
+ private:
+  // The same layout on host and device.
+  struct Layout {
+    std::int32_t* tokens;
+    std::int32_t* positions;
+    std::int32_t* blocks;
+    std::int32_t* query_begin;
+    std::int32_t* first_position;
+    std::int32_t* block_begin;
+    std::int32_t* block_table;
+    std::int32_t* sampled_rows;
+    std::int32_t* banned_begin;
+    std::int32_t* banned;
+    SampleRow* sample_rows;
+  };
+  struct Counts {
+    std::size_t tokens = 0;
+    std::size_t sequences = 0;
+    std::size_t blocks = 0;
+    std::size_t sampled = 0;
+    std::size_t banned = 0;
+  };
+
+  StepRunner(Device& device, Model& model, bool hash_logits) : device_(device), model_(model), hash_logits_(hash_logits) {}
+  static Layout LayOut(Arena& arena, const Counts& counts);
+  static Counts CountsOf(const StepPlan& plan);
+  static void Fill(const StepPlan& plan, const Layout& host);
+
+  Device& device_;
+  Model& model_;
+  const bool hash_logits_;
+  Buffer host_metadata_;
+  Buffer device_metadata_;
+  Buffer host_result_memory_;
+  Buffer device_result_memory_;
+  SampleResult* host_results_ = nullptr;
+  std::int64_t num_results_ = 0;
+  std::unique_ptr<Stream> stream_;  // last: its destructor waits for work that reads the buffers
+};
+
+}  // namespace spillway

@@ -1,0 +1,65 @@
+#pragma once
+
+// Our own GEMM: weights in panels of 32 output columns, activations widened to float and packed by blocks of rows.
+//
+// An output element is one chain of fused multiply-adds over ascending k, whatever the number of rows, the block of
+// rows it falls into, the cut of k, the worker and the SIMD target. That is what makes its bits depend on its inputs
+// alone.
+//
+// Panel     [k][32 columns], the last one padded with zero columns. F32: columns in order. BF16: 16 words of 32 bits,
+// word
+//           j = column j in the low half, column 16 + j in the high half, so that a shift and a mask give two float
+//           vectors.
+// Row block [k][rows of the block], blocks in row order; all blocks of a call differ by at most one row.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "absl/status/statusor.h"
+#include "kernels/cpu/stream.h"
+#include "kernels/cpu/targets.h"
+#include "kernels/kernels.h"
+
+namespace spillway::cpu {
+
+inline constexpr std::int64_t kPanelColumns = 32;
+
+struct GemmSlice {
+  const float* a = nullptr;  // row blocks
+  std::int64_t num_rows = 0;
+  std::int64_t num_blocks = 0;
+  std::int64_t depth = 0;             // k
+  const std::byte* panels = nullptr;  // of the whole matrix
+  const float* bias = nullptr;
+  GemmOutput output = GemmOutput::kStore;
+  float* out = nullptr;
+  std::int64_t columns = 0;      // of the whole matrix, the stride of out
+  std::int64_t panel_begin = 0;  // this slice
+  std::int64_t panel_end = 0;
+  float* sums = nullptr;  // [num_rows, (panel_end - panel_begin) * 32], working memory
+};
+
+struct GemmBodies {
+  std::int64_t rows_per_block;  // at most
+  void (*f32)(const GemmSlice&);
+  void (*bf16)(const GemmSlice&);
+};
+
+const GemmBodies& GemmBodiesOf(Target target);
+
+// A weight of the cpu device: knows how to multiply by itself.
+class CpuMatrix : public PackedMatrix {
+ public:
+  // On the stream's thread. args.weight is this.
+  virtual absl::Status Multiply(const WorkPlace& place, const GemmArgs& args) const = 0;
+
+ protected:
+  using PackedMatrix::PackedMatrix;
+};
+
+// Parts as RowsToPack accepts them.
+absl::StatusOr<std::unique_ptr<CpuMatrix>> PackPanels(const GemmBodies& bodies, std::span<const MatrixView> parts);
+
+}  // namespace spillway::cpu

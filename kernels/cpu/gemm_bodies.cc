@@ -1,0 +1,172 @@
+#include <algorithm>
+
+#include "kernels/cpu/gemm.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/gemm_bodies.cc"
+#include "hwy/foreach_target.h"
+#include "kernels/cpu/vectors-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace spillway::cpu::HWY_NAMESPACE {
+
+// Registers decide: a tile of kRowsPerBlock rows x 2 vectors of sums, 2 of weights and 1 of activations.
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON
+inline constexpr int kRowsPerBlock = 12;
+#elif HWY_TARGET == HWY_AVX2
+inline constexpr int kRowsPerBlock = 6;
+#else
+inline constexpr int kRowsPerBlock = 2;
+#endif
+
+// Between two cuts of k sums rest in memory: the piece of a panel that all blocks of rows then read, one after the
+// other, stays in the first-level cache.
+template <typename W>
+inline constexpr std::int64_t kDepthPerPass = 32768 / (kPanelColumns * static_cast<std::int64_t>(sizeof(W)));
+
+// Bytes a stream of weights is fetched ahead.
+inline constexpr std::int64_t kPrefetchBytes = 1024;
+
+// The two vectors of weights of word group `group` at one k: columns [group * kLanes, + kLanes) of each half panel.
+HWY_INLINE void LoadWeights(const float* at, std::size_t group, VF& low, VF& high) {
+  low = hn::LoadU(F(), at + group * kLanes);
+  high = hn::LoadU(F(), at + kGroup + group * kLanes);
+}
+HWY_INLINE void LoadWeights(const std::uint16_t* at, std::size_t group, VF& low, VF& high) {
+  const VU words = hn::LoadU(U(), reinterpret_cast<const std::uint32_t*>(at) + group * kLanes);
+  low = hn::BitCast(F(), hn::ShiftLeft<16>(words));
+  high = hn::BitCast(F(), hn::And(words, hn::Set(U(), 0xffff0000U)));
+}
+
+// sums[row][panel][32] (+)= a[k][row] * panel[k][32] for k in [0, depth).
+template <int kRows, int kPanels, typename W>
+HWY_INLINE void Tile(const float* HWY_RESTRICT a, const W* HWY_RESTRICT panels, std::int64_t panel_stride,
+                     std::int64_t depth, bool is_first, float* HWY_RESTRICT sums, std::int64_t sums_stride) {
+  for (std::size_t group = 0; group < kVectors; ++group) {
+    VF low[kRows][kPanels];
+    VF high[kRows][kPanels];
+    HWY_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(4)
+      for (int p = 0; p < kPanels; ++p) {
+        const float* const at = sums + r * sums_stride + p * kPanelColumns + group * kLanes;
+        low[r][p] = is_first ? hn::Zero(F()) : hn::LoadU(F(), at);
+        high[r][p] = is_first ? hn::Zero(F()) : hn::LoadU(F(), at + kGroup);
+      }
+    }
+    for (std::int64_t k = 0; k < depth; ++k) {
+      HWY_UNROLL(4)
+      for (int p = 0; p < kPanels; ++p) {
+        const W* const at = panels + p * panel_stride + k * kPanelColumns;
+        if (kRows <= 4) hwy::Prefetch(reinterpret_cast<const std::byte*>(at) + kPrefetchBytes);
+        VF weights_low;
+        VF weights_high;
+        LoadWeights(at, group, weights_low, weights_high);
+        HWY_UNROLL(12)
+        for (int r = 0; r < kRows; ++r) {
+          const VF value = hn::Set(F(), a[k * kRows + r]);
+          low[r][p] = Fma(value, weights_low, low[r][p]);
+          high[r][p] = Fma(value, weights_high, high[r][p]);
+        }
+      }
+    }
+    HWY_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(4)
+      for (int p = 0; p < kPanels; ++p) {
+        float* const at = sums + r * sums_stride + p * kPanelColumns + group * kLanes;
+        hn::StoreU(low[r][p], F(), at);
+        hn::StoreU(high[r][p], F(), at + kGroup);
+      }
+    }
+  }
+}
+
+// A block of kRows rows against all panels of the slice, several at a time where rows are few and memory is the limit.
+template <int kRows, typename W>
+void Block(const float* a, const W* panels, std::int64_t panel_stride, std::int64_t num_panels, std::int64_t depth,
+           bool is_first, float* sums, std::int64_t sums_stride) {
+  constexpr int kPanels = kRows == 1 ? 4 : kRows <= 4 ? 2 : 1;
+  std::int64_t p = 0;
+  for (; p + kPanels <= num_panels; p += kPanels) {
+    Tile<kRows, kPanels>(a, panels + p * panel_stride, panel_stride, depth, is_first, sums + p * kPanelColumns,
+                         sums_stride);
+  }
+  for (; p < num_panels; ++p) {
+    Tile<kRows, 1>(a, panels + p * panel_stride, panel_stride, depth, is_first, sums + p * kPanelColumns, sums_stride);
+  }
+}
+
+template <typename W>
+using BlockOf = void (*)(const float*, const W*, std::int64_t, std::int64_t, std::int64_t, bool, float*, std::int64_t);
+
+template <typename W, int... kRows>
+BlockOf<W> BlockOfRows(std::int64_t rows, std::integer_sequence<int, kRows...> /*unused*/) {
+  static constexpr BlockOf<W> kBlocks[] = {Block<kRows + 1, W>...};
+  return kBlocks[rows - 1];
+}
+
+void WriteOut(const GemmSlice& work, std::int64_t sums_stride) {
+  const std::int64_t begin = work.panel_begin * kPanelColumns;
+  const std::int64_t end = std::min(work.panel_end * kPanelColumns, work.columns);
+  const auto finish = [&](VF sum, VF bias, VF before) {
+    if (work.bias != nullptr) sum = hn::Add(sum, bias);
+    return work.output == GemmOutput::kAdd ? hn::Add(before, sum) : sum;
+  };
+  for (std::int64_t m = 0; m < work.num_rows; ++m) {
+    const float* const sums = work.sums + m * sums_stride;
+    float* const out = work.out + m * work.columns;
+    std::int64_t n = begin;
+    for (; n + static_cast<std::int64_t>(kLanes) <= end; n += kLanes) {
+      const VF bias = work.bias != nullptr ? hn::LoadU(F(), work.bias + n) : hn::Zero(F());
+      hn::StoreU(finish(hn::LoadU(F(), sums + n - begin), bias, hn::LoadU(F(), out + n)), F(), out + n);
+    }
+    if (n < end) {
+      const auto rest = static_cast<std::size_t>(end - n);
+      const VF bias = work.bias != nullptr ? LoadTail(work.bias + n, rest, 0) : hn::Zero(F());
+      StoreTail(finish(hn::LoadU(F(), sums + n - begin), bias, LoadTail(out + n, rest, 0)), rest, out + n);
+    }
+  }
+}
+
+template <typename W>
+void Gemm(const GemmSlice& work) {
+  const std::int64_t num_panels = work.panel_end - work.panel_begin;
+  const std::int64_t panel_stride = work.depth * kPanelColumns;
+  const std::int64_t sums_stride = num_panels * kPanelColumns;
+  const W* const panels = reinterpret_cast<const W*>(work.panels) + work.panel_begin * panel_stride;
+  // A single block reads each panel once: nothing to keep, and several panels at a time hide the latency of memory.
+  const std::int64_t depth_per_pass = work.num_blocks == 1 ? work.depth : kDepthPerPass<W>;
+  const std::int64_t panels_per_pass = work.num_blocks == 1 ? num_panels : 1;
+  const std::int64_t small = work.num_rows / work.num_blocks;
+  const std::int64_t num_large = work.num_rows % work.num_blocks;
+  for (std::int64_t k = 0; k < work.depth; k += depth_per_pass) {
+    const std::int64_t depth = std::min(depth_per_pass, work.depth - k);
+    for (std::int64_t panel = 0; panel < num_panels; panel += panels_per_pass) {
+      std::int64_t m = 0;
+      for (std::int64_t block = 0; block < work.num_blocks; ++block) {
+        const std::int64_t rows = small + (block < num_large ? 1 : 0);
+        BlockOfRows<W>(rows, std::make_integer_sequence<int, kRowsPerBlock>())(
+            work.a + m * work.depth + k * rows, panels + panel * panel_stride + k * kPanelColumns, panel_stride,
+            panels_per_pass, depth, k == 0, work.sums + m * sums_stride + panel * kPanelColumns, sums_stride);
+        m += rows;
+      }
+    }
+  }
+  WriteOut(work, sums_stride);
+}
+
+constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>};
+
+}  // namespace spillway::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include "kernels/cpu/choose_target.h"
+
+namespace spillway::cpu {
+
+const GemmBodies& GemmBodiesOf(Target target) { SPILLWAY_CHOOSE_TARGET(target, kGemmBodies) }
+
+}  // namespace spillway::cpu
+#endif  // HWY_ONCE

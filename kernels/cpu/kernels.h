@@ -1,0 +1,23 @@
+#pragma once
+
+// The fast Kernels of the cpu device.
+
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "kernels/cpu/targets.h"
+#include "kernels/kernels.h"
+
+namespace spillway::cpu {
+
+struct CpuKernels {
+  std::unique_ptr<Kernels> kernels;
+  std::string gemm;  // which GEMM and why, for the device's description
+};
+
+// `gemm` as in CpuDeviceOptions.
+absl::StatusOr<CpuKernels> MakeCpuKernels(Target target, std::string_view gemm);
+
+}  // namespace spillway::cpu

@@ -1,0 +1,111 @@
+#include "kernels/cpu/stream.h"
+
+#include <cstring>
+#include <utility>
+
+#include "kernels/check.h"
+#include "kernels/cpu/spin.h"
+
+namespace spillway::cpu {
+
+absl::Status CpuEvent::Await() {
+  if (!SpinUntil([this] { return Ready(); })) done_.wait(0, std::memory_order_acquire);
+  return status_;
+}
+
+void CpuEvent::Set(absl::Status status) {
+  status_ = std::move(status);
+  done_.store(1, std::memory_order_release);
+  done_.notify_all();
+}
+
+CpuStream::CpuStream(WorkerPool& pool, std::function<void()> before_item, bool ignore_order)
+    : pool_(pool), before_item_(std::move(before_item)), ignore_order_(ignore_order), thread_([this] { Run(); }) {}
+
+CpuStream::~CpuStream() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_one();
+  thread_.join();
+}
+
+void CpuStream::Push(std::function<void()> item) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queue_.push_back(std::move(item));
+  }
+  has_items_.store(true, std::memory_order_relaxed);
+  wake_.notify_one();
+}
+
+void CpuStream::Run() {
+  std::vector<std::function<void()>> items;
+  while (true) {
+    SpinUntil([this] { return has_items_.load(std::memory_order_relaxed); });
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      items.swap(queue_);
+      has_items_.store(false, std::memory_order_relaxed);
+    }
+    for (std::function<void()>& item : items) {
+      if (before_item_) before_item_();
+      item();
+      item = nullptr;  // what it holds is released in order, not with the batch
+    }
+    items.clear();
+  }
+}
+
+void CpuStream::Fail(absl::Status status) {
+  failed_ = true;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  status_ = std::move(status);
+}
+
+absl::Status CpuStream::status() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return status_;
+}
+
+void CpuStream::Enqueue(Work work) {
+  Push([this, work = std::move(work)] {
+    if (failed_) return;
+    absl::Status status = work(WorkPlace{pool_, call_scratch_, worker_scratch_});
+    if (!status.ok()) Fail(std::move(status));
+  });
+}
+
+void CpuStream::Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) {
+  Push([this, to, from, size_bytes] {
+    if (!failed_ && size_bytes != 0) std::memcpy(to, from, size_bytes);
+  });
+}
+
+std::shared_ptr<Event> CpuStream::Record() {
+  auto event = std::make_shared<CpuEvent>();
+  Push([this, event] { event->Set(status()); });
+  return event;
+}
+
+void CpuStream::Wait(const std::shared_ptr<Event>& event) {
+  if (ignore_order_) return;
+  Push([this, event] {
+    if (failed_) return;
+    absl::Status status = event->Await();
+    if (!status.ok()) Fail(std::move(status));
+  });
+}
+
+void CpuStream::Notify(std::function<void()> reached) {
+  if (ignore_order_) {
+    reached();
+    return;
+  }
+  Push(std::move(reached));
+}
+
+}  // namespace spillway::cpu

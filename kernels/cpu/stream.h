@@ -1,0 +1,84 @@
+#pragma once
+
+// The cpu device's stream: a FIFO of closures run by a thread of its own, so that a missing wait shows.
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/cpu/worker_pool.h"
+#include "kernels/device.h"
+
+namespace spillway::cpu {
+
+class CpuEvent final : public Event {
+ public:
+  bool Ready() const override { return done_.load(std::memory_order_acquire) != 0; }
+  // The status of the stream at the recorded point.
+  absl::Status Await() override;
+
+  // Once, by the stream's thread.
+  void Set(absl::Status status);
+
+ private:
+  std::atomic<std::uint32_t> done_{0};
+  absl::Status status_;  // written before done_
+};
+
+// What a kernel finds on the stream's thread.
+struct WorkPlace {
+  WorkerPool& pool;
+  Scratch& call;    // shared by the workers of one call
+  Scratch& worker;  // of this thread, to be passed to the pool
+};
+
+class CpuStream final : public Stream {
+ public:
+  // The pool outlives the stream.
+  CpuStream(WorkerPool& pool, std::function<void()> before_item, bool ignore_order);
+  ~CpuStream() override;
+
+  void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) override;
+  std::shared_ptr<Event> Record() override;
+  // If the awaited work failed, this stream takes over its error: what follows would read garbage.
+  void Wait(const std::shared_ptr<Event>& event) override;
+  // With ignore_order: runs `reached` before it returns.
+  void Notify(std::function<void()> reached) override;
+  absl::Status status() const override;
+
+  // Queues a kernel. Skipped after an error; its own error becomes the stream's.
+  using Work = std::function<absl::Status(const WorkPlace&)>;
+  void Enqueue(Work work);
+
+ private:
+  void Push(std::function<void()> item);
+  void Run();
+  void Fail(absl::Status status);
+
+  WorkerPool& pool_;
+  const std::function<void()> before_item_;
+  const bool ignore_order_;
+
+  // Stream's thread only.
+  Scratch call_scratch_;
+  Scratch worker_scratch_;
+  bool failed_ = false;
+
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::function<void()>> queue_;  // guarded by mutex_
+  absl::Status status_;                       // guarded by mutex_
+  bool stop_ = false;                         // guarded by mutex_
+  std::atomic<bool> has_items_{false};        // a hint for the spin; the queue decides
+
+  std::thread thread_;
+};
+
+}  // namespace spillway::cpu

@@ -1,0 +1,454 @@
+// Paged causal attention on tensor cores for head_dim 64 and 128, q and KV in BF16: one micro-kernel for prefill and
+// decode.
+//
+// A warp holds 16 query rows; a tile of kKeysPerTile keys (K and V rows as stored, 16 positions per strip) lies in
+// shared memory, the next one on its way (cp.async, two stages). Scores are q K^T by mma.sync m16n8k16, the softmax is
+// the online one (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), the weights are rounded to bf16 for
+// the product with V. At the end of each segment of 256 positions the state joins the running one
+// (kernels/attention_state.h).
+//
+// A row's arithmetic never depends on its neighbours, on the number of warps or on where the tile begins: a masked key
+// contributes exact zeros, a tile that is all masked changes nothing. So prefill (8 warps: 128 rows, segments in turn)
+// and decode (1 warp: the heads of a group share each K and V load; segments side by side) give the same bits.
+
+#include "kernels/cuda/attention_plan.cuh"
+#include "kernels/cuda/intrinsics.cuh"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/numeric.cuh"
+
+namespace spillway::cuda {
+namespace {
+
+constexpr int kRowsPerWarp = 16;
+constexpr int kKeysPerTile = 64;
+constexpr int kStripsPerTile = kKeysPerTile / kBlockTokens;
+constexpr int kTilesPerSegment = kSegmentPositions / kKeysPerTile;
+constexpr int kStages = 2;
+constexpr int kScoreTiles = kKeysPerTile / 8;
+
+constexpr int kPrefillWarps = 8;
+constexpr int kDecodeWarps = 1;
+// Sequences of few query rows are cut into segments, the others not.
+constexpr int kMaxSplitRows = 64;
+constexpr int kDecodeCtasPerMultiprocessor = 3;  // what shared memory holds on sm_90 at head_dim 128
+
+template <int kDim>
+constexpr int kTileBytes = 2 * kKeysPerTile* kDim * 2;  // K, then V
+template <int kDim>
+constexpr int kQueryBytes = kRowsPerWarp* kDim * 2;  // of one warp
+template <int kDim, int kWarps>
+constexpr int kSharedBytes = kStages* kTileBytes<kDim> + kWarps* kQueryBytes<kDim>;  // at most 96 KiB: fits sm_120
+
+// Byte of 16-byte piece `piece` of row `row` in a tile of q, K or V. The pieces of 8 rows at one column fall into
+// different banks: their low three bits are exchanged by the row.
+template <int kDim>
+__device__ __forceinline__ int TileByte(int row, int piece) {
+  return (row * (kDim / 8) + (piece ^ (row & 7))) * 16;
+}
+
+// One warp's 16 rows. Lane l holds of rows g = l / 4 and g + 8 the columns 2 * (l % 4) + {0, 1} of every 8.
+template <int kDim>
+struct WarpState {
+  float out[kDim / 8][4];
+  float max[2];  // of raw scores; times scale it is in units of log2
+  float sum[2];  // of this lane's keys
+
+  __device__ __forceinline__ void Clear() {
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i][j] = 0;
+    }
+    max[0] = max[1] = -kInfinity;
+    sum[0] = sum[1] = 0;
+  }
+};
+
+// Sum or maximum over the four lanes that share a row.
+__device__ __forceinline__ float QuadSum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+__device__ __forceinline__ float QuadMax(float x) {
+  x = MaxOf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return MaxOf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+template <int kDim, int kWarps>
+class TileLoader {
+ public:
+  __device__ TileLoader(const AttentionParams& params, const AttentionItem& item, int key_end, std::byte* shared)
+      : blocks_(params.block_table + params.block_begin[item.sequence]),
+        strips_(params.kv.pool + item.kv_head * params.kv.strip_bytes),
+        block_bytes_(params.kv.block_bytes),
+        key_end_(key_end),
+        shared_(shared) {}
+
+  // Block ids of a tile, one tile ahead of its copies so that they do not wait for them.
+  __device__ __forceinline__ void FetchBlocks(int tile) {
+#pragma unroll
+    for (int s = 0; s < kStripsPerTile; ++s) {
+      const int block = tile * kStripsPerTile + s;
+      block_ids_[s] = block * kBlockTokens < key_end_ ? blocks_[block] : -1;
+    }
+  }
+
+  // Rows [K | V] of the fetched tile; keys from key_end on become zeros, since 0 times what lies there may be NaN.
+  __device__ __forceinline__ void Load(int tile) {
+    constexpr int kPiecesPerHalf = kDim / 8;
+    constexpr int kPiecesPerStrip = kBlockTokens * 2 * kPiecesPerHalf;
+    constexpr int kThreads = kWarps * 32;
+    std::byte* const stage = shared_ + tile % kStages * kTileBytes<kDim>;
+#pragma unroll
+    for (int s = 0; s < kStripsPerTile; ++s) {
+      const int num_valid = block_ids_[s] >= 0 ? key_end_ - (tile * kStripsPerTile + s) * kBlockTokens : 0;
+      const std::byte* const strip = strips_ + (num_valid > 0 ? std::int64_t{block_ids_[s]} * block_bytes_ : 0);
+#pragma unroll(kWarps == 1 ? 2 : 4)
+      for (int i = 0; i < CeilDiv(kPiecesPerStrip, kThreads); ++i) {
+        const int index = i * kThreads + static_cast<int>(threadIdx.x);
+        if (kPiecesPerStrip % kThreads != 0 && index >= kPiecesPerStrip) break;
+        const int row = index / (2 * kPiecesPerHalf);
+        const int piece = index % (2 * kPiecesPerHalf);
+        const int half = piece / kPiecesPerHalf;
+        std::byte* const to =
+            stage + half * (kTileBytes<kDim> / 2) + TileByte<kDim>(s * kBlockTokens + row, piece % kPiecesPerHalf);
+        CopyAsync(to, row < num_valid ? strip + index * 16 : strips_, row < num_valid);
+      }
+    }
+  }
+
+ private:
+  const std::int32_t* const blocks_;
+  const std::byte* const strips_;
+  const std::int64_t block_bytes_;
+  const int key_end_;
+  std::byte* const shared_;
+  std::int32_t block_ids_[kStripsPerTile] = {};
+};
+
+// The warp's 16 rows of q into its shared memory, zeros for rows that are not there. They stay there, since registers
+// are what this kernel is short of.
+template <int kDim>
+__device__ __forceinline__ void StoreQueries(const AttentionParams& params, const RowSpan& rows, int kv_head,
+                                             int warp_begin, std::byte* queries) {
+  constexpr int kPieces = kDim / 8;
+  __syncwarp();  // the previous item's reads are over
+#pragma unroll
+  for (int i = 0; i < kRowsPerWarp * kPieces / 32; ++i) {
+    const int index = i * 32 + static_cast<int>(threadIdx.x % 32);
+    const int row = index / kPieces;
+    uint4 piece = {0, 0, 0, 0};
+    if (warp_begin + row < rows.row_end) {
+      const std::int64_t at = rows.OffsetOf(params, kv_head, warp_begin + row) + index % kPieces * 8;
+      piece = *reinterpret_cast<const uint4*>(params.q + at * 2);
+    }
+    *reinterpret_cast<uint4*>(queries + TileByte<kDim>(row, index % kPieces)) = piece;
+  }
+  __syncwarp();
+}
+
+// scores[n] = 16 rows x keys [8n, 8n + 8) of the tile.
+template <int kDim>
+__device__ __forceinline__ void ScoreTile(const std::byte* queries, const std::byte* keys,
+                                          float (&scores)[kScoreTiles][4]) {
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] = 0;
+  }
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    // Matrices: rows [0, 8) x dims [16k, +8), rows [8, 16) x the same dims, then dims [16k + 8, +8).
+    std::uint32_t a[4];
+    LoadMatrices(a, queries + TileByte<kDim>(lane & 15, k * 2 + (lane & 16) / 16));
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; n += 2) {
+      // Matrices: keys [8n, +8) x dims [16k, +8), the same keys x dims [16k + 8, +8), then keys [8n + 8, +8).
+      const int row = n * 8 + (lane & 7) + (lane & 16) / 2;
+      const int piece = k * 2 + (lane & 8) / 8;
+      std::uint32_t b[4];
+      LoadMatrices(b, keys + TileByte<kDim>(row, piece));
+      MultiplyAdd(scores[n], a, b[0], b[1]);
+      MultiplyAdd(scores[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// out += weights * V of the tile.
+template <int kDim>
+__device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreTiles / 2][4], const std::byte* values,
+                                          float (&out)[kDim / 8][4]) {
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int k = 0; k < kScoreTiles / 2; ++k) {
+#pragma unroll
+    for (int d = 0; d < kDim / 8; d += 2) {
+      // Matrices: keys [16k, +8) x dims [8d, +8), keys [16k + 8, +8) x the same dims, then dims [8d + 8, +8).
+      const int row = k * 16 + (lane & 15);
+      const int piece = d + (lane & 16) / 16;
+      std::uint32_t b[4];
+      LoadMatricesTransposed(b, values + TileByte<kDim>(row, piece));
+      MultiplyAdd(out[d], weights[k], b[0], b[1]);
+      MultiplyAdd(out[d + 1], weights[k], b[2], b[3]);
+    }
+  }
+}
+
+// One tile of keys into the segment's state. `scale` is in units of log2; positions are those of this lane's two rows.
+template <int kDim>
+__device__ __forceinline__ void AttendTile(const std::byte* queries, const std::byte* stage, int first_key,
+                                           const int (&positions)[2], int lowest_position, float scale,
+                                           WarpState<kDim>& state) {
+  float scores[kScoreTiles][4];
+  ScoreTile<kDim>(queries, stage, scores);
+  if (first_key + kKeysPerTile - 1 > lowest_position) {
+    const auto column = static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first_key + n * 8 + column + i % 2 > positions[i / 2]) scores[n][i] = -kInfinity;
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float max = state.max[r];
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) max = MaxOf(max, MaxOf(scores[n][2 * r], scores[n][2 * r + 1]));
+    max = QuadMax(max);
+    // No key yet: any finite number keeps minus infinity minus it from being NaN.
+    const float shift = max == -kInfinity ? 0.0F : max * scale;
+    const float factor = Exp2Hardware(state.max[r] * scale - shift);
+    state.max[r] = max;
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        scores[n][i] = Exp2Hardware(fmaf(scores[n][i], scale, -shift));
+        sum += scores[n][i];
+      }
+    }
+    state.sum[r] = fmaf(state.sum[r], factor, sum);
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      state.out[d][2 * r] *= factor;
+      state.out[d][2 * r + 1] *= factor;
+    }
+  }
+  // The accumulators of two neighbouring products are the left operand of the next one.
+  std::uint32_t weights[kScoreTiles / 2][4];
+#pragma unroll
+  for (int k = 0; k < kScoreTiles / 2; ++k) {
+    weights[k][0] = PackBF16(scores[2 * k][0], scores[2 * k][1]);
+    weights[k][1] = PackBF16(scores[2 * k][2], scores[2 * k][3]);
+    weights[k][2] = PackBF16(scores[2 * k + 1][0], scores[2 * k + 1][1]);
+    weights[k][3] = PackBF16(scores[2 * k + 1][2], scores[2 * k + 1][3]);
+  }
+  AddValues<kDim>(weights, stage + kTileBytes<kDim> / 2, state.out);
+}
+
+// The segment's state into the running one, whose max is in units of log2 and whose sum is complete.
+template <int kDim>
+__device__ __forceinline__ void MergeSegment(const WarpState<kDim>& segment, float scale, WarpState<kDim>& running) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const MergeFactors factors = MergeFactorsOf(running.max[r], segment.max[r] * scale, Exp2Hardware);
+    running.max[r] = factors.max;
+    running.sum[r] = Merged(running.sum[r], QuadSum(segment.sum[r]), factors);
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      running.out[d][2 * r] = Merged(running.out[d][2 * r], segment.out[d][2 * r], factors);
+      running.out[d][2 * r + 1] = Merged(running.out[d][2 * r + 1], segment.out[d][2 * r + 1], factors);
+    }
+  }
+}
+
+// Where a lane's two rows go: an index of a state if the item is split, else an element of out; -1: no row.
+struct RowTargets {
+  bool is_split;
+  std::int64_t at[2];
+
+  __device__ RowTargets(const AttentionParams& params, const RowSpan& rows, const AttentionItem& item,
+                        const int (&lane_rows)[2])
+      : is_split(item.work.is_split) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      at[r] = is_split ? StateIndex(item.work.state_base, item.segment, params.kv.num_kv_heads, item.kv_head,
+                                    item.work.num_rows, lane_rows[r])
+                       : rows.OffsetOf(params, item.kv_head, lane_rows[r]);
+      if (lane_rows[r] >= rows.row_end) at[r] = -1;
+    }
+  }
+};
+
+template <int kDim>
+__device__ __forceinline__ void WriteRows(const AttentionParams& params, const RowTargets& targets,
+                                          const WarpState<kDim>& state) {
+  const auto column = static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const std::int64_t at = targets.at[r];
+    if (at < 0) continue;
+    const float factor = targets.is_split ? 1.0F : Normalizer(state.sum[r]);
+    if (targets.is_split && column == 0) params.state_max_sum[at] = {state.max[r], state.sum[r]};
+    if (targets.is_split || params.out_dtype == DType::kF32) {
+      float* const out =
+          (targets.is_split ? params.state_out + at * kDim : reinterpret_cast<float*>(params.out) + at) + column;
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        *reinterpret_cast<float2*>(out + d * 8) = {state.out[d][2 * r] * factor, state.out[d][2 * r + 1] * factor};
+      }
+    } else {
+      std::uint16_t* const out = reinterpret_cast<std::uint16_t*>(params.out) + at + column;
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        *reinterpret_cast<std::uint32_t*>(out + d * 8) =
+            PackBF16(state.out[d][2 * r] * factor, state.out[d][2 * r + 1] * factor);
+      }
+    }
+  }
+}
+
+// A block of one warp needs no barrier of the block.
+template <int kWarps>
+__device__ __forceinline__ void SyncBlock() {
+  if constexpr (kWarps == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <int kDim, int kWarps>
+__device__ __forceinline__ void AttendItem(const AttentionParams& params, const WorkRange& range,
+                                           const AttentionItem& item, std::byte* shared) {
+  const RowSpan rows(params, range, item);
+  if (item.kv_head == 0 && item.segment == 0) WritePlan(params, rows, item);
+
+  const auto warp = static_cast<int>(threadIdx.x / 32);
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  const int warp_begin = rows.row_begin + warp * kRowsPerWarp;
+  const int lane_rows[2] = {warp_begin + lane / 4, warp_begin + lane / 4 + 8};
+  std::byte* const queries = shared + kStages * kTileBytes<kDim> + warp * kQueryBytes<kDim>;
+  int positions[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) positions[r] = lane_rows[r] < rows.row_end ? rows.PositionOf(lane_rows[r]) : -1;
+  // A warp without rows, or whose last row lies before a tile, leaves it out.
+  const int warp_end = MinOf(warp_begin + kRowsPerWarp, rows.row_end);
+  const int last_position = warp_begin < warp_end ? rows.PositionOf(warp_end - 1) : -1;
+  const int lowest_position = warp_begin + kRowsPerWarp <= rows.row_end ? rows.PositionOf(warp_begin) : -1;
+
+  const RowTargets targets(params, rows, item, lane_rows);
+  const int key_end = rows.PositionOf(rows.row_end - 1) + 1;
+  const int tile_begin = item.work.is_split ? item.segment * kTilesPerSegment : 0;
+  const int last_tile = CeilDiv(key_end, kKeysPerTile);
+  const int tile_end = item.work.is_split ? MinOf(tile_begin + kTilesPerSegment, last_tile) : last_tile;
+
+  const float scale = params.scale * kLog2E;
+  WarpState<kDim> segment;
+  WarpState<kDim> running;
+  segment.Clear();
+  running.Clear();
+  TileLoader<kDim, kWarps> loader(params, item, key_end, shared);
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    loader.FetchBlocks(tile_begin + stage);
+    if (tile_begin + stage < tile_end) loader.Load(tile_begin + stage);
+    CommitCopies();
+  }
+  loader.FetchBlocks(tile_begin + kStages);
+  StoreQueries<kDim>(params, rows, item.kv_head, warp_begin, queries);
+#pragma unroll 1
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    AwaitCopies<kStages - 1>();
+    SyncBlock<kWarps>();
+    if (tile * kKeysPerTile <= last_position) {
+      AttendTile<kDim>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions,
+                       lowest_position, scale, segment);
+    }
+    SyncBlock<kWarps>();
+    if (tile + kStages < tile_end) loader.Load(tile + kStages);
+    CommitCopies();
+    loader.FetchBlocks(tile + kStages + 1);
+    if ((tile + 1) % kTilesPerSegment == 0 || tile + 1 == tile_end) {
+      MergeSegment<kDim>(segment, scale, running);
+      segment.Clear();
+    }
+  }
+  WriteRows<kDim>(params, targets, running);
+}
+
+template <int kDim, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kDim == 64 ? 1 : 0)
+    TensorAttentionKernel(AttentionParams params, WorkRange range) {
+  std::byte* const shared = DynamicShared();
+  AttentionItem item;
+  if constexpr (kWarps == kDecodeWarps) {
+    __shared__ ItemCursor kept;  // between items: registers are scarce in them
+    if (threadIdx.x == 0) kept = ItemCursor();
+    for (auto index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
+      __syncwarp();
+      ItemCursor cursor = kept;
+      if (!FindItem(params, range, index, cursor, item)) break;
+      __syncwarp();
+      if (threadIdx.x == 0) kept = cursor;
+      AttendItem<kDim, kWarps>(params, range, item, shared);
+    }
+  } else {
+    ItemCursor cursor;
+    if (!FindItem(params, range, static_cast<int>(blockIdx.x), cursor, item)) return;
+    AttendItem<kDim, kWarps>(params, range, item, shared);
+  }
+}
+
+template <int kDim>
+cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
+  cudaError_t error = AllowShared(TensorAttentionKernel<kDim, kPrefillWarps>, kSharedBytes<kDim, kPrefillWarps>);
+  if (error != cudaSuccess) return error;
+  error = AllowShared(TensorAttentionKernel<kDim, kDecodeWarps>, kSharedBytes<kDim, kDecodeWarps>);
+  if (error != cudaSuccess) return error;
+
+  const int num_kv_heads = params.kv.num_kv_heads;
+  const int group = params.num_heads / num_kv_heads;
+  const bool is_decode = params.num_tokens <= params.num_sequences;
+  if (!is_decode) {
+    constexpr int kRows = kPrefillWarps * kRowsPerWarp;
+    const WorkRange range = {kRows, kMaxSplitRows + 1, kMaxRowsPerSequence, false};
+    // No more tiles than if every sequence's last one were almost empty.
+    const std::int64_t num_tiles =
+        CeilDiv<std::int64_t>(std::int64_t{params.num_tokens} * group, kRows) + params.num_sequences;
+    error = Launch(TensorAttentionKernel<kDim, kPrefillWarps>, static_cast<unsigned>(num_tiles * num_kv_heads),
+                   kPrefillWarps * 32, kSharedBytes<kDim, kPrefillWarps>, stream, params, range);
+    if (error != cudaSuccess) return error;
+  }
+  const WorkRange range = {kDecodeWarps * kRowsPerWarp, 1, is_decode ? kMaxRowsPerSequence : kMaxSplitRows, true};
+  const int num_ctas = params.num_multiprocessors * kDecodeCtasPerMultiprocessor;
+  return Launch(TensorAttentionKernel<kDim, kDecodeWarps>, static_cast<unsigned>(num_ctas), kDecodeWarps * 32,
+                kSharedBytes<kDim, kDecodeWarps>, stream, params, range);
+}
+
+}  // namespace
+
+bool TensorAttentionFits(const AttentionParams& params) {
+  const auto is_aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
+  return (params.kv.head_dim == 64 || params.kv.head_dim == 128) && params.q_dtype == DType::kBF16 &&
+         params.kv.dtype == DType::kBF16 && params.scale > 0 && is_aligned(params.q) && is_aligned(params.kv.pool) &&
+         is_aligned(params.out);
+}
+
+cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream) {
+  return params.kv.head_dim == 64 ? LaunchFor<64>(params, stream) : LaunchFor<128>(params, stream);
+}
+
+cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
+  if (params.num_sequences == 0 || params.num_tokens == 0) return cudaSuccess;
+  const bool is_tensor = TensorAttentionFits(params);
+  const cudaError_t error = is_tensor ? LaunchTensorAttention(params, stream) : LaunchPlainAttention(params, stream);
+  if (error != cudaSuccess) return error;
+  return LaunchMergeAttention(params, is_tensor ? MergeExponential::kHardware : MergeExponential::kPolynomial, stream);
+}
+
+}  // namespace spillway::cuda

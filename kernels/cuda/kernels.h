@@ -1,0 +1,24 @@
+#pragma once
+
+// Kernels of the cuda device, over the launch functions of launch.h and cuBLASLt.
+
+#include <cstddef>
+#include <memory>
+
+#include "kernels/cuda/blas.h"
+#include "kernels/cuda/memory.h"
+#include "kernels/kernels.h"
+
+namespace spillway::cuda {
+
+struct CudaKernelsOptions {
+  int device = 0;
+  int num_multiprocessors = 0;
+  std::size_t attention_workspace_bytes = 0;  // per stream that runs attention
+  std::unique_ptr<Blas> blas;                 // null: our own GEMM
+};
+
+// Weights are placed in `slab`.
+std::unique_ptr<Kernels> MakeCudaKernels(std::shared_ptr<Slab> slab, CudaKernelsOptions options);
+
+}  // namespace spillway::cuda

@@ -1,0 +1,182 @@
+#include "kernels/cuda/stream.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cuda/errors.h"
+#include "kernels/cuda/memory.h"
+#include "kernels/status_macros.h"
+
+namespace spillway::cuda {
+
+struct StreamState::Callback {
+  std::shared_ptr<StreamState> state;
+  std::uint64_t id;
+};
+
+StreamState::StreamState(Buffer fault) : fault_(std::move(fault)) {}
+
+void StreamState::Fail(absl::Status status) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!status_.ok()) return;
+    status_ = std::move(status);
+  }
+  RunPending();
+}
+
+absl::Status StreamState::status() {
+  const volatile Fault* const fault = this->fault();
+  if (fault->code == kFaultToken) {
+    Fail(absl::InternalError(
+        absl::StrCat("embed: token ", fault->value, " at row ", fault->row, " is outside the table")));
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return status_;
+}
+
+void StreamState::Run(std::uint64_t id) {
+  std::function<void()> reached;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = pending_.find(id);
+    if (found == pending_.end()) return;
+    reached = std::move(found->second);
+    pending_.erase(found);
+  }
+  reached();
+}
+
+void StreamState::RunPending() {
+  while (true) {
+    std::uint64_t id = 0;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (pending_.empty()) return;
+      id = pending_.begin()->first;
+    }
+    Run(id);
+  }
+}
+
+void StreamState::Reached(void* callback) {
+  const std::unique_ptr<Callback> mine(static_cast<Callback*>(callback));
+  mine->state->Run(mine->id);
+}
+
+void StreamState::Notify(cudaStream_t stream, std::function<void()> reached) {
+  auto callback = std::make_unique<Callback>();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    callback->id = next_id_++;
+    pending_[callback->id] = std::move(reached);
+  }
+  callback->state = shared_from_this();
+  const std::uint64_t id = callback->id;
+  const cudaError_t error = cudaLaunchHostFunc(stream, Reached, callback.get());
+  if (error == cudaSuccess) {
+    callback.release();  // NOLINT(bugprone-unused-return-value): Reached owns it
+    return;
+  }
+  Fail(ToStatus(error, "queueing a notification"));
+  Run(id);
+}
+
+CudaEvent::~CudaEvent() {
+  if (event_ != nullptr) cudaEventDestroy(event_);
+}
+
+bool CudaEvent::Ready() const { return event_ == nullptr || cudaEventQuery(event_) != cudaErrorNotReady; }
+
+absl::Status CudaEvent::Await() {
+  if (event_ != nullptr) {
+    const cudaError_t error = cudaEventSynchronize(event_);
+    if (error != cudaSuccess) state_->Fail(ToStatus(error, "work before an event"));
+  }
+  return state_->status();
+}
+
+absl::StatusOr<std::unique_ptr<Stream>> CudaStream::Make(int device) {
+  RETURN_IF_ERROR(ToStatus(cudaSetDevice(device), "choosing the device"));
+  ASSIGN_OR_RETURN(Buffer fault, AllocatePinned(sizeof(Fault)));
+  cudaStream_t stream = nullptr;
+  RETURN_IF_ERROR(ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"));
+  return std::unique_ptr<Stream>(new CudaStream(device, stream, std::move(fault)));
+}
+
+CudaStream::CudaStream(int device, cudaStream_t stream, Buffer fault)
+    : device_(device), stream_(stream), state_(std::make_shared<StreamState>(std::move(fault))) {}
+
+CudaStream::~CudaStream() {
+  cudaSetDevice(device_);
+  Check(cudaStreamSynchronize(stream_), "the last work of a stream");
+  state_->RunPending();
+  for (std::byte* const workspace : workspaces_) cudaFree(workspace);
+  cudaStreamDestroy(stream_);
+}
+
+void CudaStream::Check(cudaError_t error, std::string_view what) {
+  if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // the same error, seen again by the next launch, would blame that one
+  state_->Fail(ToStatus(error, what));
+}
+
+bool CudaStream::IsUsable() const {
+  if (!state_->status().ok()) return false;
+  const cudaError_t error = cudaSetDevice(device_);
+  if (error == cudaSuccess) return true;
+  state_->Fail(ToStatus(error, "choosing the device"));
+  return false;
+}
+
+void CudaStream::Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) {
+  if (size_bytes == 0) return;
+  Queue("copy", [&](cudaStream_t stream) { return cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, stream); });
+}
+
+std::shared_ptr<Event> CudaStream::Record() {
+  cudaEvent_t event = nullptr;
+  if (IsUsable()) {
+    Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+    if (event != nullptr) Check(cudaEventRecord(event, stream_), "recording an event");
+  }
+  return std::make_shared<CudaEvent>(event, state_);
+}
+
+void CudaStream::Wait(const std::shared_ptr<Event>& event) {
+  const auto& awaited = static_cast<const CudaEvent&>(*event);
+  if (absl::Status status = awaited.state().status(); !status.ok()) {
+    Fail(std::move(status));
+    return;
+  }
+  Queue("waiting for an event",
+        [&](cudaStream_t stream) { return cudaStreamWaitEvent(stream, awaited.handle(), cudaEventWaitDefault); });
+}
+
+void CudaStream::Notify(std::function<void()> reached) {
+  if (!IsUsable()) {
+    reached();
+    return;
+  }
+  state_->Notify(stream_, std::move(reached));
+}
+
+absl::Status CudaStream::status() const {
+  if (absl::Status status = state_->status(); !status.ok()) return status;
+  const cudaError_t error = cudaStreamQuery(stream_);
+  if (error != cudaSuccess && error != cudaErrorNotReady) state_->Fail(ToStatus(error, "queued work"));
+  return state_->status();
+}
+
+std::byte* CudaStream::Workspace(Purpose purpose, std::size_t size_bytes) {
+  std::byte*& workspace = workspaces_[static_cast<int>(purpose)];
+  if (workspace == nullptr && IsUsable()) {
+    void* memory = nullptr;
+    Check(cudaMalloc(&memory, std::max<std::size_t>(size_bytes, 1)), absl::StrCat("a workspace of ", size_bytes, " bytes"));
+    workspace = static_cast<std::byte*>(memory);
+  }
+  return workspace;
+}
+
+}  // namespace spillway::cuda

@@ -1,0 +1,100 @@
+#pragma once
+
+// The cuda device's stream: a CUDA stream that no other one waits for, a sticky status, and the workspace of its
+// kernels.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/device.h"
+
+namespace spillway::cuda {
+
+// What a stream, its events and CUDA's callbacks share. Any thread.
+class StreamState : public std::enable_shared_from_this<StreamState> {
+ public:
+  // `fault` is a Fault that kernels write.
+  explicit StreamState(Buffer fault);
+
+  // The first error stays. Whoever waits for a notification gets it now: CUDA runs no callback after an error.
+  void Fail(absl::Status status);
+  absl::Status status();
+  Fault* fault() const { return reinterpret_cast<Fault*>(fault_.get()); }
+
+  void Notify(cudaStream_t stream, std::function<void()> reached);
+  void RunPending();
+
+ private:
+  struct Callback;  // what CUDA hands back
+  static void CUDART_CB Reached(void* callback);
+  void Run(std::uint64_t id);
+
+  const Buffer fault_;
+  std::mutex mutex_;
+  absl::Status status_;                                     // guarded by mutex_
+  std::map<std::uint64_t, std::function<void()>> pending_;  // in order of Notify; guarded by mutex_
+  std::uint64_t next_id_ = 0;                               // guarded by mutex_
+};
+
+class CudaEvent final : public Event {
+ public:
+  CudaEvent(cudaEvent_t event, std::shared_ptr<StreamState> state) : event_(event), state_(std::move(state)) {}
+  ~CudaEvent() override;
+
+  bool Ready() const override;
+  absl::Status Await() override;  // the stream's status
+  cudaEvent_t handle() const { return event_; }
+  StreamState& state() const { return *state_; }
+
+ private:
+  const cudaEvent_t event_;  // null: recording failed
+  const std::shared_ptr<StreamState> state_;
+};
+
+class CudaStream final : public Stream {
+ public:
+  static absl::StatusOr<std::unique_ptr<Stream>> Make(int device);
+  ~CudaStream() override;
+
+  void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) override;  // by a copy engine
+  std::shared_ptr<Event> Record() override;
+  // If the awaited work is known to have failed, this stream takes over its error.
+  void Wait(const std::shared_ptr<Event>& event) override;
+  void Notify(std::function<void()> reached) override;
+  absl::Status status() const override;
+
+  // Queues what `launch(cudaStream_t)` queues; skipped after an error.
+  template <typename Launch>
+  void Queue(std::string_view what, Launch launch) {
+    if (!IsUsable()) return;
+    Check(launch(stream_), what);
+  }
+  void Fail(absl::Status status) { state_->Fail(std::move(status)); }
+  bool IsUsable() const;  // also makes the stream's device the calling thread's
+
+  Fault* fault() const { return state_->fault(); }
+  // Device memory for the kernels of this stream, kept from call to call: one piece per purpose, allocated when first
+  // asked for. Null after an error.
+  enum class Purpose : std::uint8_t { kAttention, kGemm };
+  std::byte* Workspace(Purpose purpose, std::size_t size_bytes);
+
+ private:
+  CudaStream(int device, cudaStream_t stream, Buffer fault);
+  void Check(cudaError_t error, std::string_view what);
+
+  const int device_;
+  const cudaStream_t stream_;
+  const std::shared_ptr<StreamState> state_;
+  std::byte* workspaces_[2] = {};
+};
+
+}  // namespace spillway::cuda

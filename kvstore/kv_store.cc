@@ -1,0 +1,186 @@
+#include "kvstore/kv_store.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/check.h"
+#include "kernels/status_macros.h"
+
+namespace spillway {
+namespace {
+
+// Stores handed to the transfer engine at once. Each holds its block, so this is all that write-through can keep from Take.
+constexpr std::uint32_t kMaxStoring = 4;
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<KvStore>> KvStore::Make(Device& device, HostTier& host, const KvStoreOptions& options,
+                                                       std::function<void()> wake) {
+  const std::size_t block_bytes = options.layout.block_bytes();
+  ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kDevice, options.num_blocks * block_bytes));
+  std::unique_ptr<KvStore> store(new KvStore(std::move(slab), host, options));
+  ASSIGN_OR_RETURN(store->transfers_,
+                   TransferEngine::Make(device, host, {.block_bytes = block_bytes, .before_copy = options.before_copy}, std::move(wake)));
+  return store;
+}
+
+KvStore::KvStore(Buffer slab, HostTier& host, const KvStoreOptions& options)
+    : slab_(std::move(slab)), options_(options), host_(host), pool_(options.num_blocks) {}
+
+std::byte* KvStore::BytesOf(BlockId block) const {
+  return slab_.get() + static_cast<std::size_t>(block) * options_.layout.block_bytes();
+}
+
+std::vector<BlockRef> KvStore::Match(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) {
+  std::vector<BlockRef> matched;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const auto of_block = tokens.subspan(i * kBlockTokens, kBlockTokens);
+    const std::optional<BlockId> block = index_.Find(keys[i], of_block);
+    if (!block) break;
+    matched.push_back(pool_.Share(*block));
+    if (!host_.Touch(keys[i], of_block)) WriteThrough(*block, keys[i], of_block);
+  }
+  return matched;
+}
+
+std::size_t KvStore::CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) const {
+  const Tier* const lower = host_.lower();
+  std::size_t count = 0;
+  for (; count < keys.size(); ++count) {
+    const auto of_block = tokens.subspan(count * kBlockTokens, kBlockTokens);
+    const bool is_below = restoring_.contains(keys[count]) || host_.Contains(keys[count], of_block) ||
+                          (lower != nullptr && lower->Contains(keys[count], of_block));
+    if (!is_below) break;
+  }
+  return count;
+}
+
+std::optional<BlockRef> KvStore::Take() {
+  std::optional<BlockRef> taken = pool_.Take();
+  if (taken) return taken;
+  const std::optional<BlockId> coldest = pool_.OldestCold();
+  if (!coldest) return std::nullopt;
+  Evict(*coldest);
+  return pool_.Take();
+}
+
+void KvStore::Evict(BlockId block) {
+  index_.Erase(block);
+  pool_.Forget(block);
+}
+
+void KvStore::Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens) {
+  if (options_.caching == PrefixCaching::kOff || index_.Contains(block.id())) return;
+  if (!index_.Insert(key, tokens, block.id())) return;
+  pool_.Retain(block.id());
+  WriteThrough(block.id(), key, tokens);
+}
+
+void KvStore::WriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens) {
+  if (!storing_keys_.insert(key).second) return;
+  Unstored unstored{.block = block, .key = key};
+  std::ranges::copy(tokens, unstored.tokens.begin());
+  unstored_.push_back(unstored);
+  FeedWriteThrough();
+}
+
+void KvStore::FeedWriteThrough() {
+  while (num_storing_ < kMaxStoring && !unstored_.empty()) {
+    const Unstored next = unstored_.front();
+    unstored_.pop_front();
+    std::optional<HostSlot> slot;
+    if (index_.Find(next.key, next.tokens) == next.block) {  // else it was evicted before its turn
+      slot = host_.BeginWrite(next.key, next.tokens, WriteCause::kPublished);
+    }
+    if (!slot) {
+      storing_keys_.erase(next.key);
+      continue;
+    }
+    ++num_storing_;
+    const std::uint64_t id = transfers_->Queue({.kind = Transfer::Kind::kStore,
+                                                .key = next.key,
+                                                .tokens = next.tokens,
+                                                .block = pool_.Share(next.block),
+                                                .device_bytes = BytesOf(next.block),
+                                                .slot = *std::move(slot),
+                                                .status = absl::OkStatus()});
+    outstanding_.emplace(id, Outstanding{.block = next.block, .restoring = nullptr});
+  }
+}
+
+std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span<const std::int32_t> tokens) {
+  if (const auto found = restoring_.find(key); found != restoring_.end()) {
+    ++found->second->num_waiters;
+    return Restored{.block = pool_.Share(outstanding_.at(found->second->transfer).block), .restoring = found->second};
+  }
+  std::optional<BlockRef> block = Take();
+  if (!block) return std::nullopt;
+  auto restoring = std::make_shared<Restoring>();
+  restoring->key = key;
+  restoring->num_waiters = 1;
+  Transfer transfer{.kind = Transfer::Kind::kRestore,
+                    .key = key,
+                    .block = block->Share(),
+                    .device_bytes = BytesOf(block->id()),
+                    .slot = HostSlot(),
+                    .status = absl::OkStatus()};
+  std::ranges::copy(tokens, transfer.tokens.begin());
+  restoring->transfer = transfers_->Queue(std::move(transfer));
+  restoring_.emplace(key, restoring);
+  outstanding_.emplace(restoring->transfer, Outstanding{.block = block->id(), .restoring = restoring});
+  return Restored{.block = *std::move(block), .restoring = std::move(restoring)};
+}
+
+void KvStore::Detach(const std::shared_ptr<Restoring>& restoring) {
+  if (--restoring->num_waiters > 0 || restoring->state != Restoring::State::kPending) return;
+  if (!transfers_->Cancel(restoring->transfer)) return;  // under way: it is published when it arrives
+  restoring->state = Restoring::State::kFailed;
+  outstanding_.erase(restoring->transfer);
+  restoring_.erase(restoring->key);
+}
+
+bool KvStore::Collect() {
+  bool has_restored = false;
+  for (const Transfer& transfer : transfers_->Collect()) {
+    const auto found = outstanding_.find(transfer.id);
+    SPILLWAY_CHECK(found != outstanding_.end());
+    if (transfer.kind == Transfer::Kind::kStore) {
+      --num_storing_;
+      storing_keys_.erase(transfer.key);
+    } else {
+      has_restored = true;
+      Restoring& restoring = *found->second.restoring;
+      restoring.state = transfer.status.ok() ? Restoring::State::kReady : Restoring::State::kFailed;
+      if (transfer.status.ok() && index_.Insert(transfer.key, transfer.tokens, transfer.block.id())) {
+        pool_.Retain(transfer.block.id());
+      }
+      restoring_.erase(transfer.key);
+    }
+    outstanding_.erase(found);
+  }
+  FeedWriteThrough();
+  return has_restored;
+}
+
+std::uint32_t KvStore::num_returning() const {
+  std::uint32_t count = 0;
+  for (const auto& [id, outstanding] : outstanding_) count += pool_.refs(outstanding.block) == 1 ? 1 : 0;
+  return count;
+}
+
+void KvStore::Release(std::vector<BlockRef>& blocks) {
+  while (!blocks.empty()) blocks.pop_back();
+}
+
+void KvStore::EvictCold() {
+  while (const std::optional<BlockId> coldest = pool_.OldestCold()) Evict(*coldest);
+}
+
+void KvStore::CheckInvariants() const {
+  pool_.CheckInvariants();
+  index_.CheckInvariants(pool_);
+  SPILLWAY_CHECK(restoring_.size() + num_storing_ == outstanding_.size());
+  SPILLWAY_CHECK(storing_keys_.size() == unstored_.size() + num_storing_);
+}
+
+}  // namespace spillway

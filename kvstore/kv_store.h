@@ -1,0 +1,131 @@
+#pragma once
+
+// KvStore: the only type of kvstore/ that the engine sees: the device tier of one engine (a pool of blocks in one slab and the
+// index of those whose content is known) over the host tier that all engines share.
+//
+//   Match       the longest run of known blocks at the head of a prompt, each held for the caller
+//   Take        a block to write: a free one, else the coldest known one, which is forgotten (evicted)
+//   Publish     a full block becomes findable, until evicted; it is written through to the host tier
+//   Restore     a block that a lower tier has comes up; all who want it share one transfer
+//   Collect     takes in what the transfers have finished
+//
+// A hit compares tokens. Engine thread only; transfers run on threads of their own and touch no bookkeeping.
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/statusor.h"
+#include "kernels/device.h"
+#include "kernels/kernels.h"
+#include "kvstore/block_key.h"
+#include "kvstore/block_pool.h"
+#include "kvstore/host_tier.h"
+#include "kvstore/prefix_index.h"
+#include "kvstore/transfer_engine.h"
+
+namespace spillway {
+
+enum class PrefixCaching : std::uint8_t { kOn, kOff };  // off: nothing is published
+
+// A block on its way up. Shared by its waiters; engine thread only.
+struct Restoring {
+  enum class State : std::uint8_t { kPending, kReady, kFailed };
+  State state = State::kPending;
+  BlockKey key;
+  std::uint64_t transfer = 0;
+  int num_waiters = 0;
+};
+
+struct KvStoreOptions {
+  KvLayout layout;
+  std::uint32_t num_blocks = 0;
+  PrefixCaching caching = PrefixCaching::kOn;
+  std::function<absl::Status(const Transfer&)> before_copy;  // fault injection, see TransferOptions
+};
+
+class KvStore {
+ public:
+  // `device` and `host` outlive the store. `wake`: see TransferEngine.
+  static absl::StatusOr<std::unique_ptr<KvStore>> Make(Device& device, HostTier& host, const KvStoreOptions& options,
+                                                       std::function<void()> wake);
+
+  // keys[i] names tokens [16 i, 16 i + 16). At most keys.size() blocks.
+  std::vector<BlockRef> Match(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens);
+  // How many of keys[0], keys[1], ... lower tiers have, up to the first they lack. Advisory.
+  std::size_t CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) const;
+  std::optional<BlockRef> Take();  // nullopt: every block is held
+  // All 16 rows of every layer are written by work that is done. A key that is known already keeps its first block; this one
+  // then stays private to its holders.
+  void Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens);
+
+  // A block for `key` and the state of its restore; when that is ready the block is published, when it has failed the block's
+  // content means nothing. nullopt: no block could be taken.
+  struct Restored {
+    BlockRef block;
+    std::shared_ptr<Restoring> restoring;
+  };
+  std::optional<Restored> Restore(const BlockKey& key, std::span<const std::int32_t> tokens);
+  // One waiter less. The last one cancels a transfer that has not begun.
+  void Detach(const std::shared_ptr<Restoring>& restoring);
+  // True if a restore has ended since the last call. Feeds write-through.
+  bool Collect();
+  // Blocks that only transfers hold: they come back without anyone's doing.
+  std::uint32_t num_returning() const;
+  bool has_transfers() const { return !outstanding_.empty(); }
+
+  // Releases back to front, so that a prefix's tail is evicted before its head.
+  static void Release(std::vector<BlockRef>& blocks);
+
+  // Forgets every block that nobody holds; held ones stay.
+  void EvictCold();
+
+  KvView view() const { return {.pool = slab_.get(), .layout = options_.layout}; }
+  const KvLayout& layout() const { return options_.layout; }
+  std::uint32_t num_blocks() const { return pool_.num_blocks(); }
+  std::uint32_t num_available() const { return pool_.num_free() + pool_.num_cold(); }  // what Take could give
+  std::uint32_t num_held() const { return pool_.num_held(); }
+  std::uint32_t num_cold() const { return pool_.num_cold(); }
+  HostTier& host() const { return host_; }
+  TransferStats transfer_stats(Transfer::Kind kind) const { return transfers_->stats(kind); }  // any thread
+
+  void CheckInvariants() const;
+
+ private:
+  KvStore(Buffer slab, HostTier& host, const KvStoreOptions& options);
+  void WriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens);
+  void FeedWriteThrough();
+  void Evict(BlockId block);
+  std::byte* BytesOf(BlockId block) const;
+
+  struct Outstanding {  // a transfer that is queued or under way
+    BlockId block{};
+    std::shared_ptr<Restoring> restoring;  // null: a store
+  };
+  struct Unstored {  // a published block that waits for its write-through; it may be evicted meanwhile
+    BlockId block{};
+    BlockKey key;
+    PrefixIndex::Tokens tokens{};
+  };
+
+  const Buffer slab_;
+  const KvStoreOptions options_;
+  HostTier& host_;
+  BlockPool pool_;
+  PrefixIndex index_;
+  std::deque<Unstored> unstored_;
+  absl::flat_hash_set<BlockKey> storing_keys_;  // of unstored_ and of stores under way
+  std::uint32_t num_storing_ = 0;
+  absl::flat_hash_map<BlockKey, std::shared_ptr<Restoring>> restoring_;
+  absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
+  std::unique_ptr<TransferEngine> transfers_;  // last: its records release into the pool
+};
+
+}  // namespace spillway

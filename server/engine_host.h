@@ -1,0 +1,47 @@
+#pragma once
+
+// All that stands below the front ends, built from Options: device, tokenizer, model, engine, service.
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/tokenizer.h"
+#include "kernels/device.h"
+#include "server/chat_template.h"
+#include "server/metrics.h"
+#include "server/options.h"
+#include "server/service.h"
+
+namespace spillway {
+
+// Built from the first member down, destroyed from the last one up.
+struct EngineHost {
+  std::string folder;  // the model's
+  std::unique_ptr<Device> device;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<ChatTemplate> chat_template;
+  std::unique_ptr<Metrics> metrics;
+  std::unique_ptr<Engine> engine;
+  std::unique_ptr<Service> service;
+};
+
+// Blocks while the weights are packed and shows progress on stderr. Errors name the option or file at fault.
+absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environment& environment);
+
+// How long a sequence may be, and how large the KV cache is; split off for tests.
+struct CapacityRequest {
+  std::int64_t kv_cache_bytes = 0;  // asked for; 0: none
+  std::int64_t max_model_len = 0;   // asked for; 0: none
+  std::int64_t default_kv_cache_bytes = 0;
+  std::int64_t block_bytes = 0;
+  std::int64_t max_positions = 0;  // the model's
+};
+struct Capacity {
+  std::int64_t kv_cache_bytes = 0;
+  std::int64_t max_model_len = 0;
+};
+absl::StatusOr<Capacity> PlanCapacity(const CapacityRequest& request);
+
+}  // namespace spillway

@@ -1,0 +1,38 @@
+find_package(spdlog REQUIRED GLOBAL)
+find_package(yaml-cpp REQUIRED GLOBAL)
+find_package(CLI11 REQUIRED GLOBAL)
+find_package(nlohmann_json REQUIRED GLOBAL)
+
+# The command line as a library, so that tests reach it.
+add_library(spillway_program STATIC)
+target_sources(
+  spillway_program
+  PRIVATE await_generation.cc
+          bench_report.cc
+          command_bench.cc
+          command_check.cc
+          command_run.cc
+          command_serve.cc
+          engine_host.cc
+          event_pipe.cc
+          load_generator.cc
+          log.cc
+          machine_memory.cc
+          model_path.cc
+          option_docs.cc
+          option_refusals.cc
+          option_rows.cc
+          option_table.cc
+          option_values.cc
+          options.cc
+          progress.cc
+          watchdog.cc)
+target_compile_definitions(spillway_program PRIVATE SPILLWAY_VERSION="${PROJECT_VERSION}")
+target_link_libraries(
+  spillway_program
+  PUBLIC spillway_server
+  PRIVATE spillway_grpc fmt::fmt spdlog::spdlog yaml-cpp CLI11::CLI11 nlohmann_json::nlohmann_json)
+
+add_executable(spillway main.cc)
+target_link_libraries(spillway PRIVATE spillway_program fmt::fmt)
+install(TARGETS spillway RUNTIME DESTINATION bin)

@@ -1,0 +1,11 @@
+# Readers of a model folder: config.json, safetensors, tokenizer.json.
+spillway_test(safetensors_test SOURCES safetensors_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(model_config_test SOURCES model_config_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(utf8_test SOURCES utf8_test.cc LIBS spillway_engine)
+spillway_test(bpe_test SOURCES bpe_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(tokenizer_vectors_test SOURCES tokenizer_vectors_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(tokenizer_test SOURCES tokenizer_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(tokenizer_parts_test SOURCES tokenizer_parts_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(tokenizer_errors_test SOURCES tokenizer_errors_test.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(fuzz_safetensors SOURCES fuzz_safetensors.cc LIBS spillway_engine nlohmann_json::nlohmann_json)
+spillway_test(fuzz_tokenizer_json SOURCES fuzz_tokenizer_json.cc LIBS spillway_engine nlohmann_json::nlohmann_json)

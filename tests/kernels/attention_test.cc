@@ -1,0 +1,277 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tests/kernels/kernel_rig.h"
+
+namespace spillway {
+namespace {
+
+struct Heads {
+  int num_kv_heads;
+  int group;
+  int head_dim;
+};
+
+// A pool of blocks filled with one or more sequences' keys and values. Blocks are handed out in a shuffled order, and
+// everything that no token wrote is NaN, which must never leak.
+class Pool {
+ public:
+  Pool(Heads heads, DType dtype, int num_layers, std::int64_t num_blocks, std::uint64_t seed) : random_(seed) {
+    layout_.num_layers = num_layers;
+    layout_.num_kv_heads = heads.num_kv_heads;
+    layout_.head_dim = heads.head_dim;
+    layout_.dtype = dtype;
+    const std::size_t size = static_cast<std::size_t>(num_blocks) * layout_.block_bytes() / SizeOf(dtype);
+    pool_ = std::make_shared<Array>(dtype, std::vector<float>(size, std::numeric_limits<float>::quiet_NaN()));
+    free_.resize(static_cast<std::size_t>(num_blocks));
+    std::iota(free_.begin(), free_.end(), 0);
+    std::shuffle(free_.begin(), free_.end(), random_.engine());
+  }
+
+  KvView view() const { return {pool_->data(), layout_}; }
+  const KvLayout& layout() const { return layout_; }
+
+  // Blocks of a new sequence whose K and V rows are `rows` ([token][kv head][2 * head_dim]) in layer `layer`.
+  std::vector<std::int32_t> Add(const std::vector<float>& rows, int layer) {
+    const std::size_t row_size = 2 * static_cast<std::size_t>(layout_.head_dim);
+    const std::size_t num_tokens = rows.size() / row_size / static_cast<std::size_t>(layout_.num_kv_heads);
+    std::vector<std::int32_t> blocks;
+    for (std::size_t t = 0; t < num_tokens; ++t) {
+      if (t % kBlockTokens == 0) {
+        blocks.push_back(free_.back());
+        free_.pop_back();
+      }
+      for (int h = 0; h < layout_.num_kv_heads; ++h) {
+        const std::size_t at = static_cast<std::size_t>(blocks.back()) * layout_.block_bytes() +
+                               layout_.strip_offset(layer, h) + t % kBlockTokens * layout_.row_bytes();
+        const std::size_t from =
+            (t * static_cast<std::size_t>(layout_.num_kv_heads) + static_cast<std::size_t>(h)) * row_size;
+        for (std::size_t i = 0; i < row_size; ++i) {
+          StoreElement(pool_->data() + at, layout_.dtype, static_cast<std::int64_t>(i), rows[from + i]);
+        }
+      }
+    }
+    return blocks;
+  }
+
+ private:
+  KvLayout layout_;
+  Random random_;
+  std::shared_ptr<Array> pool_;
+  std::vector<std::int32_t> free_;
+};
+
+// New tokens of one sequence.
+struct Part {
+  std::vector<std::int32_t> blocks;
+  std::int32_t first_position = 0;
+  std::vector<float> q;  // [token][head][head_dim]
+};
+
+std::vector<float> RunAttention(Rig& rig, const Pool& pool, int group, int layer, DType dtype,
+                                const std::vector<Part>& parts) {
+  const int num_heads = pool.layout().num_kv_heads * group;
+  const std::size_t token_size = static_cast<std::size_t>(num_heads * pool.layout().head_dim);
+  std::vector<float> q;
+  std::vector<std::int32_t> query_begin = {0};
+  std::vector<std::int32_t> first_position;
+  std::vector<std::int32_t> block_begin = {0};
+  std::vector<std::int32_t> block_table;
+  for (const Part& part : parts) {
+    q.insert(q.end(), part.q.begin(), part.q.end());
+    query_begin.push_back(static_cast<std::int32_t>(q.size() / token_size));
+    first_position.push_back(part.first_position);
+    block_table.insert(block_table.end(), part.blocks.begin(), part.blocks.end());
+    block_begin.push_back(static_cast<std::int32_t>(block_table.size()));
+  }
+  const Array queries(dtype, q, 1);
+  const Array out(DType::kF32, q.size(), 1);
+  AttentionArgs args;
+  args.q = queries.data();
+  args.q_dtype = dtype;
+  args.num_heads = num_heads;
+  args.layer = layer;
+  args.scale = 1.0F / std::sqrt(static_cast<float>(pool.layout().head_dim));
+  args.kv = pool.view();
+  args.num_sequences = static_cast<std::int64_t>(parts.size());
+  args.num_tokens = query_begin.back();
+  args.query_begin = query_begin.data();
+  args.first_position = first_position.data();
+  args.block_begin = block_begin.data();
+  args.block_table = block_table.data();
+  args.out = out.data();
+  rig.kernels().Attention(rig.stream(), args);
+  rig.Finish();
+  return out.Values();
+}
+
+std::size_t RowsSize(const Pool& pool, std::size_t num_tokens) {
+  return num_tokens * static_cast<std::size_t>(pool.layout().num_kv_heads * 2 * pool.layout().head_dim);
+}
+
+// Plain softmax attention of all queries of a part, from the same rounded values.
+std::vector<float> Oracle(const Pool& pool, int group, DType dtype, const std::vector<float>& rows, const Part& part) {
+  const auto kv_heads = static_cast<std::size_t>(pool.layout().num_kv_heads);
+  const auto dim = static_cast<std::size_t>(pool.layout().head_dim);
+  const std::size_t num_heads = kv_heads * static_cast<std::size_t>(group);
+  const std::vector<float> kv = Array(pool.layout().dtype, rows).Values();
+  const std::vector<float> q = Array(dtype, part.q).Values();
+  std::vector<float> out;
+  for (std::size_t t = 0; t < q.size() / (num_heads * dim); ++t) {
+    for (std::size_t h = 0; h < num_heads; ++h) {
+      const std::size_t num_keys = static_cast<std::size_t>(part.first_position) + t + 1;
+      const auto at = [&](std::size_t p, std::size_t i) {
+        return kv[(p * kv_heads + h / static_cast<std::size_t>(group)) * 2 * dim + i];
+      };
+      std::vector<double> p(num_keys);
+      for (std::size_t j = 0; j < num_keys; ++j) {
+        for (std::size_t i = 0; i < dim; ++i) p[j] += double{q[(t * num_heads + h) * dim + i]} * at(j, i);
+        p[j] /= std::sqrt(static_cast<double>(dim));
+      }
+      const double max = *std::max_element(p.begin(), p.end());
+      double sum = 0;
+      for (double& value : p) sum += value = std::exp(value - max);
+      for (std::size_t i = 0; i < dim; ++i) {
+        double value = 0;
+        for (std::size_t j = 0; j < num_keys; ++j) value += p[j] * at(j, dim + i);
+        out.push_back(static_cast<float>(value / sum));
+      }
+    }
+  }
+  return out;
+}
+
+using Param = std::tuple<std::string, DType>;
+
+std::string NameOfParam(const testing::TestParamInfo<Param>& param) {
+  return std::get<0>(param.param) + "_" + std::string(NameOf(std::get<1>(param.param)));
+}
+
+class AttentionTest : public testing::TestWithParam<Param> {
+ protected:
+  std::string target() const { return std::get<0>(GetParam()); }
+  DType dtype() const { return std::get<1>(GetParam()); }
+  bool is_slow() const { return kEffort == 1 || target() == "reference" || target() == "scalar"; }
+};
+
+TEST_P(AttentionTest, MatchesTheOracle) {
+  Rig rig(target());
+  Random random(5);
+  for (const Heads heads : {Heads{1, 1, 8}, {2, 3, 12}, {2, 2, 64}, {1, 7, 80}, {1, 8, 128}, {3, 1, 20}}) {
+    for (const std::size_t num_tokens : {1, 2, 15, 16, 17, 31, 33, 255, 256, 257, 530}) {
+      if (is_slow() && num_tokens > 300 && heads.head_dim > 20) continue;
+      Pool pool(heads, dtype(), 2, 40, num_tokens);
+      const std::vector<float> rows = random.Normals(RowsSize(pool, num_tokens));
+      const std::vector<std::int32_t> blocks = pool.Add(rows, 1);
+      for (const std::size_t num_new : {std::size_t{1}, std::min<std::size_t>(num_tokens, 21)}) {
+        Part part;
+        part.blocks = blocks;
+        part.first_position = static_cast<std::int32_t>(num_tokens - num_new);
+        part.q =
+            random.Normals(num_new * static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim), 2);
+        ExpectNear(RunAttention(rig, pool, heads.group, 1, dtype(), {part}),
+                   Oracle(pool, heads.group, dtype(), rows, part), 1e-5F,
+                   std::to_string(num_new) + " of " + std::to_string(num_tokens) + " tokens, head_dim " +
+                       std::to_string(heads.head_dim));
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
+  Rig rig(target());
+  Random random(6);
+  constexpr Heads kHeads = {1, 2, 16};
+  Pool pool(kHeads, dtype(), 1, 40, 1);
+  const std::vector<float> rows = random.Normals(RowsSize(pool, 300), 100);
+  Part part;
+  part.blocks = pool.Add(rows, 0);
+  part.first_position = 298;
+  part.q = random.Normals(2 * 2 * 16, 100);
+  // Scores of some 10^5: their last bits decide between near-equal keys, hence the wide tolerance.
+  ExpectNear(RunAttention(rig, pool, kHeads.group, 0, dtype(), {part}), Oracle(pool, kHeads.group, dtype(), rows, part),
+             0.05F, "large");
+}
+
+// The promise that prefix caching and preemption rest on.
+TEST_P(AttentionTest, ChunksTokensNeighboursAndPlacesDoNotChangeBits) {
+  Random random(7);
+  for (const Heads heads : {Heads{2, 3, 12}, {1, 4, 64}, {2, 1, 128}}) {
+    if (is_slow() && heads.head_dim > 12) continue;
+    constexpr std::size_t kTokens = kEffort > 1 ? 550 : 300;
+    const std::size_t token_size = static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim);
+    const std::vector<float> q = random.Normals(kTokens * token_size);
+    Pool pool(heads, dtype(), 1, 100, 8);
+    const std::vector<float> rows = random.Normals(RowsSize(pool, kTokens));
+    const std::vector<std::int32_t> blocks = pool.Add(rows, 0);
+    const auto chunk = [&](std::size_t begin, std::size_t end) {
+      Part part;
+      part.blocks.assign(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>((end + 15) / 16));
+      part.first_position = static_cast<std::int32_t>(begin);
+      part.q.assign(q.begin() + static_cast<std::ptrdiff_t>(begin * token_size),
+                    q.begin() + static_cast<std::ptrdiff_t>(end * token_size));
+      return part;
+    };
+    const auto slice = [&](const std::vector<float>& values, std::size_t begin, std::size_t end) {
+      return std::vector<float>(values.begin() + static_cast<std::ptrdiff_t>(begin * token_size),
+                                values.begin() + static_cast<std::ptrdiff_t>(end * token_size));
+    };
+    Rig rig(target());
+    const std::vector<float> whole = RunAttention(rig, pool, heads.group, 0, dtype(), {chunk(0, kTokens)});
+
+    Rig other(target(), 3);
+    ExpectSameBits(RunAttention(other, pool, heads.group, 0, dtype(), {chunk(0, kTokens)}), whole, "three workers");
+    for (const std::size_t size : {std::size_t{7}, std::size_t{16}, std::size_t{100}, std::size_t{256}}) {
+      std::vector<Part> chunks;
+      for (std::size_t begin = 0; begin < kTokens; begin += size)
+        chunks.push_back(chunk(begin, std::min(begin + size, kTokens)));
+      ExpectSameBits(RunAttention(rig, pool, heads.group, 0, dtype(), chunks), whole,
+                     "chunks of " + std::to_string(size));
+    }
+    // In a pool where later tokens do not exist yet (NaN), at other places, beside another sequence.
+    for (const std::size_t t : {0, 1, 15, 16, 17, 100, 255, 256, 257, 300, 511, 512, 549}) {
+      if (t >= kTokens) continue;
+      Pool fresh(heads, dtype(), 1, 100, 1000 + t);
+      const std::vector<float> mate_rows = random.Normals(RowsSize(fresh, 40));
+      Part mate;
+      mate.blocks = fresh.Add(mate_rows, 0);
+      mate.first_position = 35;
+      mate.q = random.Normals(5 * token_size);
+      Part alone = chunk(t, t + 1);
+      alone.blocks = fresh.Add({rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(RowsSize(fresh, t + 1))}, 0);
+      const std::vector<float> both = RunAttention(rig, fresh, heads.group, 0, dtype(), {mate, alone});
+      ExpectSameBits(slice(both, 5, 6), slice(whole, t, t + 1), "token " + std::to_string(t) + " alone");
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, AttentionTest,
+                         testing::Combine(testing::ValuesIn(AllTargets()), testing::Values(DType::kF32, DType::kBF16)),
+                         NameOfParam);
+
+TEST(AttentionTargetsTest, AllSimdTargetsGiveTheSameBits) {
+  Random random(9);
+  for (const Heads heads : {Heads{2, 3, 12}, {1, 2, 40}}) {
+    Pool pool(heads, DType::kBF16, 1, 40, 3);
+    const std::vector<float> rows = random.Normals(RowsSize(pool, 300));
+    Part part;
+    part.blocks = pool.Add(rows, 0);
+    part.first_position = 270;
+    part.q = random.Normals(30 * static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim));
+    std::vector<float> expected;
+    for (const std::string& target : FastTargets()) {
+      Rig rig(target);
+      const std::vector<float> out = RunAttention(rig, pool, heads.group, 0, DType::kBF16, {part});
+      if (expected.empty()) expected = out;
+      ExpectSameBits(out, expected, target);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace spillway

@@ -1,0 +1,275 @@
+#include "tests/kernels/cuda_emulation.h"
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels/check.h"
+
+// Saves the callee-saved registers on the stack, the stack's top in *from, and goes on where `to` was left.
+extern "C" void SpillwaySwitchFiber(void** from, void* to);
+asm(R"(
+.text
+.globl SpillwaySwitchFiber
+SpillwaySwitchFiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace spillway::emulation {
+
+Place place;
+
+namespace {
+
+constexpr std::size_t kStackBytes = std::size_t{256} << 10;
+constexpr std::size_t kMaxSharedBytes = std::size_t{227} << 10;
+constexpr std::size_t kFreeSharedBytes = std::size_t{48} << 10;
+
+struct PendingCopy {
+  std::byte* to;
+  const std::byte* from;  // null: zeros
+};
+
+struct Fiber {
+  std::unique_ptr<std::byte[]> stack;
+  void* top = nullptr;
+  bool is_done = false;
+  int group = 0;                                   // the copy group now being filled
+  std::deque<std::pair<int, PendingCopy>> copies;  // (group, copy), in order
+};
+
+// Lanes of one warp and mask that have come together.
+struct Gathering {
+  unsigned warp = 0;
+  unsigned mask = 0;
+  int arrived = 0;
+  int left = 0;
+  std::byte slots[32][32] = {};
+};
+
+struct Machine {
+  std::mutex launch;  // one grid at a time
+  std::vector<Fiber> fibers;
+  std::deque<Gathering> gatherings;  // stable addresses; reused once everyone has left
+  std::vector<std::byte> shared;
+  std::map<const void*, std::size_t> allowed_shared;
+  void* scheduler = nullptr;
+  unsigned current = 0;
+  unsigned num_threads = 0;
+  unsigned num_live = 0;
+  unsigned barrier_arrived = 0;
+  std::uint64_t barrier_round = 0;
+  std::uint64_t progress = 0;
+  std::uint64_t num_launches = 0;
+  bool is_lazy = false;  // copies as late as allowed
+  const std::function<void()>* thread = nullptr;
+};
+Machine machine;
+
+Fiber& Current() { return machine.fibers[machine.current]; }
+
+void Yield() { SpillwaySwitchFiber(&Current().top, machine.scheduler); }
+
+void RunFiber() {
+  (*machine.thread)();
+  Current().is_done = true;
+  ++machine.progress;
+  Yield();
+  SPILLWAY_CHECK(false) << "a finished fiber ran";
+}
+
+void Prepare(Fiber& fiber) {
+  if (fiber.stack == nullptr) fiber.stack = std::make_unique<std::byte[]>(kStackBytes);
+  fiber.is_done = false;
+  fiber.group = 0;
+  fiber.copies.clear();
+  // As if RunFiber had just been called: 16-byte aligned plus a return address, below it six saved registers.
+  auto top = reinterpret_cast<std::uintptr_t>(fiber.stack.get() + kStackBytes) / 16 * 16 - 8;
+  auto* words = reinterpret_cast<void**>(top);
+  *--words = reinterpret_cast<void*>(&RunFiber);
+  for (int i = 0; i < 6; ++i) *--words = nullptr;
+  fiber.top = words;
+}
+
+void RunBlock(unsigned num_threads) {
+  machine.num_live = num_threads;
+  machine.barrier_arrived = 0;
+  machine.gatherings.clear();
+  std::ranges::fill(machine.shared, std::byte{0xff});  // NaN
+  for (unsigned t = 0; t < num_threads; ++t) Prepare(machine.fibers[t]);
+  const bool is_reversed = machine.num_launches % 2 == 1;
+  std::uint64_t seen = machine.progress;
+  int idle_rounds = 0;
+  while (machine.num_live > 0) {
+    for (unsigned i = 0; i < num_threads; ++i) {
+      const unsigned t = is_reversed ? num_threads - 1 - i : i;
+      Fiber& fiber = machine.fibers[t];
+      if (fiber.is_done) continue;
+      machine.current = t;
+      place.thread = {t, 0, 0};
+      SpillwaySwitchFiber(&machine.scheduler, fiber.top);
+      if (fiber.is_done) --machine.num_live;
+    }
+    idle_rounds = machine.progress == seen ? idle_rounds + 1 : 0;
+    seen = machine.progress;
+    SPILLWAY_CHECK(idle_rounds < 4) << "threads wait for each other: a divergent barrier or warp operation";
+  }
+}
+
+}  // namespace
+
+cudaError_t RunGrid(const void* kernel, unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
+                    const std::function<void()>& thread) {
+  const std::lock_guard<std::mutex> lock(machine.launch);
+  const auto allowed = machine.allowed_shared.find(kernel);
+  const std::size_t limit = allowed == machine.allowed_shared.end() ? kFreeSharedBytes : allowed->second;
+  if (num_ctas == 0 || num_threads == 0 || num_threads > 1024 || shared_bytes > std::max(limit, kFreeSharedBytes)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  ++machine.num_launches;
+  machine.is_lazy = machine.num_launches % 4 < 2;
+  machine.thread = &thread;
+  machine.num_threads = num_threads;
+  machine.shared.resize(shared_bytes + 16);
+  if (machine.fibers.size() < num_threads) machine.fibers.resize(num_threads);
+  place.block_size = dim3(num_threads);
+  place.grid_size = dim3(num_ctas);
+  for (unsigned block = 0; block < num_ctas; ++block) {
+    place.block = {block, 0, 0};
+    RunBlock(num_threads);
+  }
+  return cudaSuccess;
+}
+
+void AllowShared(const void* kernel, std::size_t size_bytes) {
+  SPILLWAY_CHECK(size_bytes <= kMaxSharedBytes) << size_bytes << " bytes of shared memory";
+  machine.allowed_shared[kernel] = size_bytes;
+}
+
+std::byte* SharedMemory() {
+  const auto address = reinterpret_cast<std::uintptr_t>(machine.shared.data());
+  return machine.shared.data() + ((address + 15) / 16 * 16 - address);
+}
+
+unsigned Lane() { return machine.current % 32; }
+
+void SyncBlock() {
+  const std::uint64_t round = machine.barrier_round;
+  ++machine.barrier_arrived;
+  ++machine.progress;
+  while (machine.barrier_round == round) {
+    // Threads that have returned are not waited for.
+    if (machine.barrier_arrived == machine.num_live) {
+      machine.barrier_arrived = 0;
+      ++machine.barrier_round;
+      ++machine.progress;
+      return;
+    }
+    Yield();
+  }
+}
+
+Meeting::Meeting(unsigned mask, const void* value, std::size_t size) : index_(-1) {
+  const unsigned warp = machine.current / 32;
+  const unsigned lane = Lane();
+  SPILLWAY_CHECK((mask >> lane & 1U) != 0 && size <= 32) << "lane " << lane << " is not in mask " << mask;
+  const unsigned live = machine.num_threads - warp * 32 >= 32 ? ~0U : (1U << (machine.num_threads - warp * 32)) - 1;
+  const int expected = __builtin_popcount(mask & live);
+  while (true) {
+    int free = -1;
+    index_ = -1;
+    bool is_leaving = false;
+    for (int i = 0; i < static_cast<int>(machine.gatherings.size()); ++i) {
+      Gathering& each = machine.gatherings[static_cast<std::size_t>(i)];
+      if (each.mask == 0) free = i;
+      if (each.mask != mask || each.warp != warp) continue;
+      if (each.arrived < expected) {
+        index_ = i;
+      } else {
+        is_leaving = true;
+      }
+    }
+    if (!is_leaving) {
+      if (index_ < 0 && free < 0) {
+        free = static_cast<int>(machine.gatherings.size());
+        machine.gatherings.emplace_back();
+      }
+      if (index_ < 0) index_ = free;
+      break;
+    }
+    Yield();
+  }
+  Gathering& mine = machine.gatherings[static_cast<std::size_t>(index_)];
+  mine.warp = warp;
+  mine.mask = mask;
+  std::memcpy(mine.slots[lane], value, size);
+  ++mine.arrived;
+  ++machine.progress;
+  while (mine.arrived < expected) Yield();
+}
+
+Meeting::~Meeting() {
+  Gathering& mine = machine.gatherings[static_cast<std::size_t>(index_)];
+  ++machine.progress;
+  if (++mine.left == mine.arrived) {
+    mine.mask = 0;
+    mine.arrived = 0;
+    mine.left = 0;
+  }
+}
+
+const std::byte* Meeting::Slot(unsigned lane) const {
+  return machine.gatherings[static_cast<std::size_t>(index_)].slots[lane];
+}
+
+namespace {
+
+void Perform(const PendingCopy& copy) {
+  if (copy.from != nullptr) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
+}  // namespace
+
+void CopyAsync(std::byte* to, const std::byte* from, bool is_valid) {
+  SPILLWAY_CHECK(reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && reinterpret_cast<std::uintptr_t>(from) % 16 == 0)
+      << "a misaligned asynchronous copy";
+  const PendingCopy copy = {to, is_valid ? from : nullptr};
+  if (machine.is_lazy) {
+    Current().copies.emplace_back(Current().group, copy);
+  } else {
+    Perform(copy);
+  }
+}
+
+void CommitCopies() { ++Current().group; }
+
+void AwaitCopies(int pending) {
+  Fiber& fiber = Current();
+  while (!fiber.copies.empty() && fiber.copies.front().first < fiber.group - pending) {
+    Perform(fiber.copies.front().second);
+    fiber.copies.pop_front();
+  }
+}
+
+}  // namespace spillway::emulation

@@ -1,0 +1,228 @@
+#pragma once
+
+// Runs our CUDA kernels on the CPU, so that their indexing, synchronisation and arithmetic are tested where no GPU is.
+// Force-included (g++ -include) in front of a .cu file that is compiled as C++. Every CUDA thread is a fiber; a fiber
+// runs until it meets a barrier or a warp-wide operation, so a missing barrier shows as a wrong result. Blocks run one
+// after the other, each with poisoned shared memory; neighbouring launches run their threads in opposite order and do
+// their asynchronous copies at the earliest and at the latest moment in turn. Not emulated: timing, caches, memory
+// order.
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define SPILLWAY_CUDA_EMULATION 1
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __launch_bounds__
+#undef __forceinline__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // one block at a time
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+
+namespace spillway::emulation {
+
+// The running fiber's place.
+struct Place {
+  uint3 thread;
+  uint3 block;
+  dim3 block_size;
+  dim3 grid_size;
+};
+extern Place place;
+
+// Runs `thread` once per thread of every block. One launch at a time.
+cudaError_t RunGrid(const void* kernel, unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
+                    const std::function<void()>& thread);
+
+std::byte* SharedMemory();
+void SyncBlock();
+
+// All lanes of `mask` put in `size` bytes (at most 32) and see each other's.
+class Meeting {
+ public:
+  Meeting(unsigned mask, const void* value, std::size_t size);
+  ~Meeting();
+  template <typename T>
+  T Of(unsigned lane) const {
+    T value;
+    std::memcpy(&value, Slot(lane % 32), sizeof(T));
+    return value;
+  }
+
+ private:
+  const std::byte* Slot(unsigned lane) const;
+  int index_;
+};
+
+unsigned Lane();
+void CopyAsync(std::byte* to, const std::byte* from, bool is_valid);
+void CommitCopies();
+void AwaitCopies(int pending);
+
+}  // namespace spillway::emulation
+
+#define threadIdx (::spillway::emulation::place.thread)
+#define blockIdx (::spillway::emulation::place.block)
+#define blockDim (::spillway::emulation::place.block_size)
+#define gridDim (::spillway::emulation::place.grid_size)
+
+inline void __syncthreads() { spillway::emulation::SyncBlock(); }
+inline void __syncwarp(unsigned mask = 0xffffffffU) { const spillway::emulation::Meeting meeting(mask, "", 0); }
+inline void __threadfence_system() {}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  const spillway::emulation::Meeting meeting(mask, &value, sizeof(T));
+  return meeting.Of<T>(static_cast<unsigned>(lane));
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
+  const spillway::emulation::Meeting meeting(mask, &value, sizeof(T));
+  const unsigned lane = spillway::emulation::Lane();
+  return lane < delta ? value : meeting.Of<T>(lane - delta);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  const spillway::emulation::Meeting meeting(mask, &value, sizeof(T));
+  return meeting.Of<T>(spillway::emulation::Lane() ^ static_cast<unsigned>(bits));
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  const spillway::emulation::Meeting meeting(mask, &predicate, sizeof(predicate));
+  unsigned ballot = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1U) != 0 && meeting.Of<bool>(lane)) ballot |= 1U << lane;
+  }
+  return ballot;
+}
+inline unsigned __match_any_sync(unsigned mask, unsigned value) {
+  const spillway::emulation::Meeting meeting(mask, &value, sizeof(value));
+  unsigned peers = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1U) != 0 && meeting.Of<unsigned>(lane) == value) peers |= 1U << lane;
+  }
+  return peers;
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  const spillway::emulation::Meeting meeting(mask, &value, sizeof(value));
+  unsigned sum = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1U) != 0) sum += meeting.Of<unsigned>(lane);
+  }
+  return sum;
+}
+
+// Fibers never interrupt each other.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at = static_cast<T>(old + value);
+  return old;
+}
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  const unsigned old = *at;
+  *at = old | value;
+  return old;
+}
+inline int atomicCAS_system(int* at, int expected, int value) {
+  const int old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+inline int atomicExch_system(int* at, int value) {
+  const int old = *at;
+  *at = value;
+  return old;
+}
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
+
+// The functions of kernels/cuda/intrinsics.cuh; see there for what they mean.
+namespace spillway::cuda {
+
+inline std::byte* DynamicShared() { return emulation::SharedMemory(); }
+
+inline std::uint32_t MatrixWord(const std::byte* low, const std::byte* high) {
+  std::uint16_t halves[2];
+  std::memcpy(&halves[0], low, 2);
+  std::memcpy(&halves[1], high, 2);
+  return halves[0] | std::uint32_t{halves[1]} << 16;
+}
+inline void LoadMatrices(std::uint32_t (&out)[4], const std::byte* row) {
+  const emulation::Meeting meeting(0xffffffffU, &row, sizeof(row));
+  const unsigned lane = emulation::Lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto* const at = meeting.Of<const std::byte*>(i * 8 + lane / 4) + lane % 4 * 4;
+    out[i] = MatrixWord(at, at + 2);
+  }
+}
+inline void LoadMatricesTransposed(std::uint32_t (&out)[4], const std::byte* row) {
+  const emulation::Meeting meeting(0xffffffffU, &row, sizeof(row));
+  const unsigned lane = emulation::Lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned first = i * 8 + lane % 4 * 2;
+    out[i] = MatrixWord(meeting.Of<const std::byte*>(first) + lane / 4 * 2,
+                        meeting.Of<const std::byte*>(first + 1) + lane / 4 * 2);
+  }
+}
+inline float BF16Half(std::uint32_t word, unsigned half) {
+  return __builtin_bit_cast(float, half == 0 ? word << 16 : word & 0xffff0000U);
+}
+inline void MultiplyAdd(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  const std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emulation::Meeting meeting(0xffffffffU, mine, sizeof(mine));
+  struct Words {
+    std::uint32_t v[6];
+  };
+  const unsigned lane = emulation::Lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8;
+    const unsigned column = lane % 4 * 2 + i % 2;
+    double sum = 0;
+    for (unsigned k = 0; k < 16; ++k) {
+      const Words left = meeting.Of<Words>(row % 8 * 4 + k % 8 / 2);
+      const Words right = meeting.Of<Words>(column * 4 + k % 8 / 2);
+      sum += double{BF16Half(left.v[row / 8 + k / 8 * 2], k % 2)} * BF16Half(right.v[4 + k / 8], k % 2);
+    }
+    c[i] = static_cast<float>(c[i] + sum);
+  }
+}
+inline std::uint32_t PackBF16(float low, float high) {
+  const auto round = [](float value) {
+    const auto bits = __builtin_bit_cast(std::uint32_t, value);
+    if ((bits & 0x7fffffffU) > 0x7f800000U) return 0x7fffU;  // the canonical NaN
+    return (bits + 0x7fffU + (bits >> 16 & 1U)) >> 16;
+  };
+  return round(low) | round(high) << 16;
+}
+inline float Exp2Hardware(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126F ? 0.0F : y;  // .ftz
+}
+inline void CopyAsync(std::byte* to, const std::byte* from, bool is_valid) { emulation::CopyAsync(to, from, is_valid); }
+inline void CommitCopies() { emulation::CommitCopies(); }
+template <int kPending>
+void AwaitCopies() {
+  emulation::AwaitCopies(kPending);
+}
+inline uint4 LoadOnce(const std::byte* from) { return *reinterpret_cast<const uint4*>(from); }
+
+template <typename... Params, typename... Args>
+cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
+                   cudaStream_t /*stream*/, Args... args) {
+  return emulation::RunGrid(reinterpret_cast<const void*>(kernel), num_ctas, num_threads, shared_bytes,
+                            [&] { kernel(static_cast<Params>(args)...); });
+}
+
+}  // namespace spillway::cuda

@@ -1,0 +1,42 @@
+// A program that is wrong on purpose: it overwrites the activations of a queued GEMM without waiting for its event.
+// Under ThreadSanitizer it must be reported, by oneDNN's path too, whose reads only the declared ranges show.
+//
+//   deliberate_race own | onednn
+
+#include <cstring>
+#include <functional>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "kernels/device.h"
+#include "kernels/kernels.h"
+
+int main(int argc, char** argv) {
+  using namespace spillway;
+  CpuDeviceOptions options;
+  options.num_workers = 2;
+  options.gemm = argc > 1 ? argv[1] : "own";
+  const auto device = MakeCpuDevice(options).value();
+  const auto stream = device->NewStream().value();
+  std::cout << device->description() << std::endl;
+
+  constexpr std::int64_t kSize = 256;
+  constexpr std::int64_t kRows = 8;
+  const std::vector<float> w(kSize * kSize, 1.0F);
+  const MatrixView view = {reinterpret_cast<const std::byte*>(w.data()), DType::kF32, kSize, kSize, kSize};
+  const auto weight = device->kernels().Pack({&view, 1}).value();
+  std::vector<float> a(kRows * kSize, 1.0F);
+  std::vector<float> out(kRows * kSize);
+  GemmArgs args;
+  args.a = reinterpret_cast<const std::byte*>(a.data());
+  args.num_rows = kRows;
+  args.weight = weight.get();
+  args.out = out.data();
+  device->kernels().Gemm(*stream, args);
+  const auto done = stream->Record();
+  for (float& value : a) value = 2.0F;  // the bug: `done` was not awaited
+  if (!done->Await().ok()) return 2;
+  std::cout << out[0] << std::endl;
+  return 0;
+}

@@ -1,0 +1,243 @@
+#include "kernels/device.h"
+
+#include <atomic>
+#include <cstring>
+#include <future>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/stream.h"
+#include "tests/kernels/kernel_rig.h"
+
+namespace spillway {
+namespace {
+
+using testing::TestWithParam;
+
+std::unique_ptr<Device> MakeDevice(CpuDeviceOptions options = {}) {
+  if (options.num_workers == 0) options.num_workers = 2;
+  return MakeCpuDevice(options).value();
+}
+
+// Blocks a stream until opened.
+class Gate {
+ public:
+  void Open() { promise_.set_value(); }
+  std::function<absl::Status(const cpu::WorkPlace&)> Work() {
+    return [future = future_](const cpu::WorkPlace&) {
+      future.wait();
+      return absl::OkStatus();
+    };
+  }
+
+ private:
+  std::promise<void> promise_;
+  std::shared_future<void> future_ = promise_.get_future().share();
+};
+
+cpu::CpuStream& CpuStreamOf(Stream& stream) { return static_cast<cpu::CpuStream&>(stream); }
+
+TEST(DeviceTest, RefusesBadOptions) {
+  CpuDeviceOptions options;
+  options.target = "sse";
+  const absl::Status status = MakeCpuDevice(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("reference"), absl::string_view::npos) << status;
+  EXPECT_NE(status.message().find("scalar"), absl::string_view::npos) << status;
+  options.target = "auto";
+  options.gemm = "blas";
+  EXPECT_EQ(MakeCpuDevice(options).status().code(), absl::StatusCode::kInvalidArgument);
+  options.gemm = "auto";
+  options.num_workers = -1;
+  EXPECT_EQ(MakeCpuDevice(options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(DeviceTest, DescribesItself) {
+  for (const std::string& target : AllTargets()) {
+    Rig rig(target);
+    EXPECT_EQ(rig.device().description().rfind("cpu " + target, 0), 0U) << rig.device().description();
+  }
+}
+
+TEST(DeviceTest, MemoryIsBoundedZeroedAlignedAndGivenBack) {
+  CpuDeviceOptions options;
+  options.memory_bytes = std::size_t{8} << 20;
+  const auto device = MakeDevice(options);
+  EXPECT_EQ(device->free_bytes(), options.memory_bytes);
+  {
+    const Buffer small = device->Allocate(MemoryKind::kDevice, 100).value();
+    const Buffer large = device->Allocate(MemoryKind::kDevice, std::size_t{5} << 20).value();
+    for (const Buffer& buffer : {small, large}) {
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.get()) % 64, 0U);
+      for (std::size_t i = 0; i < buffer.size_bytes; ++i) ASSERT_EQ(buffer.get()[i], std::byte{0});
+      std::memset(buffer.get(), 0xff, buffer.size_bytes);
+    }
+    EXPECT_EQ(device->free_bytes(), options.memory_bytes - 100 - (std::size_t{5} << 20));
+    const absl::Status status = device->Allocate(MemoryKind::kDevice, std::size_t{4} << 20).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_NE(status.message().find("4194304"), absl::string_view::npos) << status;
+    EXPECT_NE(status.message().find(std::to_string(device->free_bytes())), absl::string_view::npos) << status;
+    EXPECT_TRUE(device->Allocate(MemoryKind::kPinnedHost, std::size_t{64} << 20).ok());
+  }
+  EXPECT_EQ(device->free_bytes(), options.memory_bytes);
+  EXPECT_TRUE(device->Allocate(MemoryKind::kDevice, options.memory_bytes).ok());
+  EXPECT_TRUE(device->Allocate(MemoryKind::kDevice, 0).ok());
+}
+
+TEST(DeviceTest, BuffersMayOutliveTheDevice) {
+  Buffer buffer;
+  {
+    const auto device = MakeDevice();
+    buffer = device->Allocate(MemoryKind::kDevice, 1000).value();
+  }
+  buffer.get()[999] = std::byte{1};
+}
+
+TEST(StreamTest, IsAFifo) {
+  const auto device = MakeDevice();
+  const auto stream = device->NewStream().value();
+  std::vector<int> order;
+  for (int i = 0; i < 1000; ++i) {
+    CpuStreamOf(*stream).Enqueue([&order, i](const cpu::WorkPlace&) {
+      order.push_back(i);
+      return absl::OkStatus();
+    });
+  }
+  ASSERT_TRUE(stream->Record()->Await().ok());
+  ASSERT_EQ(order.size(), 1000U);
+  for (int i = 0; i < 1000; ++i) EXPECT_EQ(order[static_cast<std::size_t>(i)], i);
+}
+
+TEST(StreamTest, CopyEventAndNotifyComeInOrder) {
+  const auto device = MakeDevice();
+  const auto stream = device->NewStream().value();
+  Gate gate;
+  CpuStreamOf(*stream).Enqueue(gate.Work());
+  std::vector<std::byte> from(1000, std::byte{7});
+  std::vector<std::byte> to(1000);
+  stream->Copy(to.data(), from.data(), from.size());
+  std::promise<std::byte> seen;
+  stream->Notify([&] { seen.set_value(to[999]); });
+  const auto event = stream->Record();
+  EXPECT_FALSE(event->Ready());
+  gate.Open();
+  EXPECT_EQ(seen.get_future().get(), std::byte{7});
+  EXPECT_TRUE(event->Await().ok());
+  EXPECT_TRUE(event->Ready());
+}
+
+TEST(StreamTest, WaitOrdersTwoStreamsWithoutBlockingTheCaller) {
+  const auto device = MakeDevice();
+  const auto first = device->NewStream().value();
+  const auto second = device->NewStream().value();
+  Gate gate;
+  int value = 0;
+  CpuStreamOf(*first).Enqueue(gate.Work());
+  CpuStreamOf(*first).Enqueue([&value](const cpu::WorkPlace&) {
+    value = 42;
+    return absl::OkStatus();
+  });
+  second->Wait(first->Record());
+  int seen = 0;
+  CpuStreamOf(*second).Enqueue([&value, &seen](const cpu::WorkPlace&) {
+    seen = value;
+    return absl::OkStatus();
+  });
+  const auto done = second->Record();
+  EXPECT_FALSE(done->Ready());
+  gate.Open();
+  ASSERT_TRUE(done->Await().ok());
+  EXPECT_EQ(seen, 42);
+}
+
+TEST(StreamTest, TheFirstErrorSticksAndSkipsLaterWork) {
+  const auto device = MakeDevice();
+  const auto stream = device->NewStream().value();
+  const auto dependent = device->NewStream().value();
+  std::atomic<int> num_run = 0;
+  const auto before = stream->Record();
+  CpuStreamOf(*stream).Enqueue([](const cpu::WorkPlace&) { return absl::InternalError("first"); });
+  CpuStreamOf(*stream).Enqueue([&num_run](const cpu::WorkPlace&) {
+    ++num_run;
+    return absl::InternalError("second");
+  });
+  std::byte to{1};
+  const std::byte from{2};
+  stream->Copy(&to, &from, 1);
+  std::promise<void> notified;
+  stream->Notify([&notified] { notified.set_value(); });
+  const auto after = stream->Record();
+  dependent->Wait(after);
+  EXPECT_TRUE(before->Await().ok());
+  EXPECT_EQ(after->Await().message(), "first");
+  notified.get_future().wait();
+  EXPECT_EQ(stream->status().message(), "first");
+  EXPECT_EQ(num_run, 0);
+  EXPECT_EQ(to, std::byte{1});
+  EXPECT_EQ(dependent->Record()->Await().message(), "first") << "what follows a failed event would read garbage";
+}
+
+TEST(StreamTest, DestructorRunsWhatIsQueued) {
+  const auto device = MakeDevice();
+  std::atomic<int> num_run = 0;
+  {
+    const auto stream = device->NewStream().value();
+    for (int i = 0; i < 100; ++i) {
+      CpuStreamOf(*stream).Enqueue([&num_run](const cpu::WorkPlace&) {
+        ++num_run;
+        return absl::OkStatus();
+      });
+    }
+  }
+  EXPECT_EQ(num_run, 100);
+}
+
+TEST(FaultHookTest, BeforeItemRunsOnTheStreamsThreadBeforeEveryItem) {
+  std::atomic<int> num_calls = 0;
+  std::thread::id thread;
+  CpuDeviceOptions options;
+  options.before_item = [&] {
+    thread = std::this_thread::get_id();
+    ++num_calls;
+  };
+  const auto device = MakeDevice(options);
+  const auto stream = device->NewStream().value();
+  std::byte to{};
+  const std::byte from{1};
+  stream->Copy(&to, &from, 1);
+  stream->Notify([] {});
+  ASSERT_TRUE(stream->Record()->Await().ok());
+  EXPECT_EQ(num_calls, 3);
+  EXPECT_NE(thread, std::this_thread::get_id());
+}
+
+TEST(FaultHookTest, IgnoredOrderShowsTheWrongValue) {
+  CpuDeviceOptions options;
+  options.ignore_order = true;
+  const auto device = MakeDevice(options);
+  const auto writer = device->NewStream().value();
+  const auto reader = device->NewStream().value();
+  Gate gate;
+  std::atomic<int> value = 0;
+  CpuStreamOf(*writer).Enqueue(gate.Work());
+  CpuStreamOf(*writer).Enqueue([&value](const cpu::WorkPlace&) {
+    value = 42;
+    return absl::OkStatus();
+  });
+  bool is_notified = false;
+  writer->Notify([&is_notified] { is_notified = true; });
+  EXPECT_TRUE(is_notified) << "before the work queued ahead of it";
+  reader->Wait(writer->Record());
+  int seen = -1;
+  CpuStreamOf(*reader).Enqueue([&value, &seen](const cpu::WorkPlace&) {
+    seen = value;
+    return absl::OkStatus();
+  });
+  ASSERT_TRUE(reader->Record()->Await().ok());
+  EXPECT_EQ(seen, 0);
+  gate.Open();
+}
+
+}  // namespace
+}  // namespace spillway

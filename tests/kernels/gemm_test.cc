@@ -1,0 +1,224 @@
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels/cpu/gemm_onednn.h"
+#include "tests/kernels/kernel_rig.h"
+
+namespace spillway {
+namespace {
+
+struct Shape {
+  std::int64_t columns;
+  std::int64_t depth;
+};
+
+std::vector<float> RunGemm(Rig& rig, const Array& a, const PackedMatrix& weight, const std::vector<float>* bias,
+                           const std::vector<float>* before) {
+  const std::int64_t num_rows = static_cast<std::int64_t>(a.size()) / weight.cols();
+  std::vector<float> out(static_cast<std::size_t>(num_rows * weight.rows()), -7.0F);
+  if (before != nullptr) out.assign(before->begin(), before->begin() + static_cast<std::ptrdiff_t>(out.size()));
+  GemmArgs args;
+  args.a = a.data();
+  args.a_dtype = a.dtype();
+  args.num_rows = num_rows;
+  args.weight = &weight;
+  args.bias = bias != nullptr ? bias->data() : nullptr;
+  args.output = before != nullptr ? GemmOutput::kAdd : GemmOutput::kStore;
+  args.out = out.data();
+  rig.kernels().Gemm(rig.stream(), args);
+  rig.Finish();
+  return out;
+}
+
+// The products in double.
+std::vector<double> Oracle(const Array& a, const Array& w, Shape shape) {
+  const std::vector<float> x = a.Values();
+  const std::vector<float> y = w.Values();
+  const auto depth = static_cast<std::size_t>(shape.depth);
+  std::vector<double> out;
+  for (std::size_t m = 0; m < x.size() / depth; ++m) {
+    for (std::size_t n = 0; n < static_cast<std::size_t>(shape.columns); ++n) {
+      double sum = 0;
+      for (std::size_t k = 0; k < depth; ++k) sum += double{x[m * depth + k]} * y[n * depth + k];
+      out.push_back(sum);
+    }
+  }
+  return out;
+}
+
+std::vector<float> WithBiasAndSum(const std::vector<double>& products, const std::vector<float>* bias,
+                                  const std::vector<float>* before) {
+  std::vector<float> out;
+  for (std::size_t i = 0; i < products.size(); ++i) {
+    out.push_back(static_cast<float>(products[i] + (bias != nullptr ? (*bias)[i % bias->size()] : 0.0F) +
+                                     (before != nullptr ? (*before)[i] : 0.0F)));
+  }
+  return out;
+}
+
+using Param = std::tuple<std::string, std::string, DType>;
+
+std::string NameOfParam(const testing::TestParamInfo<Param>& info) {
+  return std::get<0>(info.param) + "_" + std::get<1>(info.param) + "_" + std::string(NameOf(std::get<2>(info.param)));
+}
+
+class GemmTest : public testing::TestWithParam<Param> {
+ protected:
+  std::string target() const { return std::get<0>(GetParam()); }
+  std::string gemm() const { return std::get<1>(GetParam()); }
+  DType dtype() const { return std::get<2>(GetParam()); }
+};
+
+TEST_P(GemmTest, MatchesTheOracleForOddSizes) {
+  Rig rig(target(), 2, gemm());
+  Random random(1);
+  std::vector<Shape> shapes = {{1, 1}, {3, 5}, {16, 16}, {31, 17}, {32, 32}, {33, 64}, {64, 33}, {40, 530}};
+  if (kEffort > 1) shapes.insert(shapes.end(), {{100, 130}, {130, 700}, {257, 1030}});
+  for (const Shape shape : shapes) {
+    const Array w(dtype(), random.Normals(static_cast<std::size_t>(shape.columns * shape.depth)), 1);
+    const auto weight = rig.kernels().Pack(std::vector<MatrixView>{ViewOf(w, shape.columns, shape.depth)}).value();
+    EXPECT_EQ(weight->rows(), shape.columns);
+    EXPECT_EQ(weight->cols(), shape.depth);
+    const std::vector<float> bias = random.Normals(static_cast<std::size_t>(shape.columns));
+    for (const std::int64_t num_rows : {1, 2, 3, 5, 8, 13, 29}) {
+      const Array a(dtype(), random.Normals(static_cast<std::size_t>(num_rows * shape.depth)), 1);
+      const std::vector<float> before = random.Normals(static_cast<std::size_t>(num_rows * shape.columns));
+      const float tolerance = 1e-6F * static_cast<float>(shape.depth) + 1e-6F;
+      const std::string what =
+          std::to_string(num_rows) + " rows of " + std::to_string(shape.depth) + " to " + std::to_string(shape.columns);
+      const std::vector<double> products = Oracle(a, w, shape);
+      ExpectNear(RunGemm(rig, a, *weight, nullptr, nullptr), WithBiasAndSum(products, nullptr, nullptr), tolerance,
+                 what);
+      ExpectNear(RunGemm(rig, a, *weight, &bias, nullptr), WithBiasAndSum(products, &bias, nullptr), tolerance,
+                 what + ", bias");
+      ExpectNear(RunGemm(rig, a, *weight, &bias, &before), WithBiasAndSum(products, &bias, &before), tolerance,
+                 what + ", bias, added");
+    }
+  }
+}
+
+TEST_P(GemmTest, NoRowsIsNoWork) {
+  Rig rig(target(), 2, gemm());
+  const Array w(dtype(), std::vector<float>(32, 1.0F));
+  const auto weight = rig.kernels().Pack(std::vector<MatrixView>{ViewOf(w, 4, 8)}).value();
+  EXPECT_TRUE(RunGemm(rig, Array(dtype(), 0), *weight, nullptr, nullptr).empty());
+}
+
+TEST_P(GemmTest, StackedPartsAreOneMatrixAndStridesAreHeeded) {
+  Rig rig(target(), 2, gemm());
+  Random random(2);
+  constexpr std::int64_t kDepth = 40;
+  constexpr std::int64_t kStride = 47;
+  const Array first(dtype(), random.Normals(20 * kStride));
+  const Array second(dtype(), random.Normals(17 * kDepth));
+  const std::vector<MatrixView> parts = {{first.data(), dtype(), 20, kDepth, kStride}, ViewOf(second, 17, kDepth)};
+  const auto weight = rig.kernels().Pack(parts).value();
+  std::vector<float> stacked;
+  for (std::size_t r = 0; r < 20; ++r) {
+    for (std::size_t c = 0; c < kDepth; ++c) stacked.push_back(first.at(r * kStride + c));
+  }
+  for (const float value : second.Values()) stacked.push_back(value);
+  const Array w(dtype(), stacked);
+  const Array a(dtype(), random.Normals(3 * kDepth));
+  ExpectNear(RunGemm(rig, a, *weight, nullptr, nullptr), WithBiasAndSum(Oracle(a, w, {37, kDepth}), nullptr, nullptr),
+             1e-4F, "stacked");
+}
+
+TEST_P(GemmTest, PackRefusesWhatIsNoMatrix) {
+  Rig rig(target(), 1, gemm());
+  const Array w(dtype(), std::vector<float>(64, 1.0F));
+  const MatrixView good = ViewOf(w, 4, 8);
+  MatrixView half = good;
+  half.dtype = DType::kF16;
+  MatrixView narrow = good;
+  narrow.cols = 7;
+  MatrixView overlapping = good;
+  overlapping.row_stride = 7;
+  for (const auto& parts : std::vector<std::vector<MatrixView>>{{}, {half}, {good, narrow}, {overlapping}}) {
+    EXPECT_EQ(rig.kernels().Pack(parts).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+}
+
+// The promise of kernels.h: a row's bits do not depend on the rows beside it, nor on the number of workers.
+TEST_P(GemmTest, BitsOfARowDoNotDependOnTheCall) {
+  Random random(3);
+  // Wide and deep enough to be cut into slices and into passes of k.
+  std::vector<Shape> shapes = {{96, 64}, {40, 530}};
+  if (kEffort > 1 && target() != "scalar" && target() != "reference") {
+    shapes.insert(shapes.end(), {{330, 1000}, {64, 2816}});
+  }
+  for (const Shape shape : shapes) {
+    const Array w(dtype(), random.Normals(static_cast<std::size_t>(shape.columns * shape.depth)));
+    constexpr std::size_t kMaxRows = 100;
+    const std::vector<float> values = random.Normals(kMaxRows * static_cast<std::size_t>(shape.depth));
+    std::vector<float> expected;  // one row at a time
+    for (const int num_workers : {1, 2, 3}) {
+      Rig rig(target(), num_workers, gemm());
+      const auto weight = rig.kernels().Pack(std::vector<MatrixView>{ViewOf(w, shape.columns, shape.depth)}).value();
+      if (expected.empty()) {
+        for (std::size_t m = 0; m < kMaxRows; ++m) {
+          const auto row = values.begin() + static_cast<std::ptrdiff_t>(m) * shape.depth;
+          const Array a(dtype(), std::vector<float>(row, row + shape.depth));
+          for (const float value : RunGemm(rig, a, *weight, nullptr, nullptr)) expected.push_back(value);
+        }
+      }
+      for (const std::int64_t num_rows : {1, 2, 3, 4, 7, 8, 16, 17, 31, 32, 64, 100}) {
+        const Array a(dtype(), std::vector<float>(values.begin(), values.begin() + num_rows * shape.depth));
+        ExpectSameBits(RunGemm(rig, a, *weight, nullptr, nullptr),
+                       std::vector<float>(expected.begin(), expected.begin() + num_rows * shape.columns),
+                       std::to_string(num_rows) + " rows, " + std::to_string(num_workers) + " workers");
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Own, GemmTest,
+                         testing::Combine(testing::ValuesIn(AllTargets()), testing::Values("own"),
+                                          testing::Values(DType::kF32, DType::kBF16)),
+                         NameOfParam);
+
+// Where oneDNN does not qualify for a dtype, the device falls back to our own, and the promise holds all the same.
+INSTANTIATE_TEST_SUITE_P(OneDnn, GemmTest,
+                         testing::Combine(testing::Values(FastTargets().back()), testing::Values("onednn", "auto"),
+                                          testing::Values(DType::kF32, DType::kBF16)),
+                         NameOfParam);
+
+TEST(OneDnnTest, ThePackerIsMadeOnlyIfItsBitsDoNotDependOnTheRows) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const auto packer = cpu::MakeOneDnnPacker(dtype);
+    const std::string description = Rig(FastTargets().back(), 2, "onednn").device().description();
+    if (packer.ok()) {
+      EXPECT_NE(description.find("onednn-" + cpu::OneDnnVersion()), std::string::npos) << description;
+    } else {
+      EXPECT_EQ(packer.status().code(), absl::StatusCode::kFailedPrecondition);
+      EXPECT_NE(description.find("own-gemm"), std::string::npos) << description;
+    }
+  }
+}
+
+TEST(OneDnnTest, OwnIsNeverReplacedWhereItIsAskedForOrTheTargetIsForced) {
+  EXPECT_EQ(Rig(FastTargets().back(), 2, "own").device().description(), "cpu " + FastTargets().back() + " own-gemm");
+  EXPECT_EQ(Rig("scalar", 2, "onednn").device().description(), "cpu scalar own-gemm");
+}
+
+// Own arithmetic is one chain of fused multiply-adds per element on every SIMD target.
+TEST(OwnGemmTest, AllSimdTargetsGiveTheSameBits) {
+  Random random(4);
+  constexpr Shape kShape = {70, 333};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Array w(dtype, random.Normals(kShape.columns * kShape.depth));
+    const Array a(dtype, random.Normals(9 * kShape.depth));
+    std::vector<float> expected;
+    for (const std::string& target : FastTargets()) {
+      Rig rig(target);
+      const auto weight = rig.kernels().Pack(std::vector<MatrixView>{ViewOf(w, kShape.columns, kShape.depth)}).value();
+      const std::vector<float> out = RunGemm(rig, a, *weight, nullptr, nullptr);
+      if (expected.empty()) expected = out;
+      ExpectSameBits(out, expected, target);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace spillway

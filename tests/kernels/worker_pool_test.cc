@@ -1,0 +1,60 @@
+#include "kernels/cpu/worker_pool.h"
+
+#include <atomic>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace spillway::cpu {
+namespace {
+
+class WorkerPoolTest : public testing::TestWithParam<int> {};
+
+TEST_P(WorkerPoolTest, RunsEveryItemOnceAndShowsItsWrites) {
+  WorkerPool pool(GetParam());
+  Scratch scratch;
+  EXPECT_EQ(pool.num_workers(), GetParam());
+  for (int round = 0; round < 300; ++round) {
+    const std::int64_t num_items = round % 40;
+    std::vector<int> runs(static_cast<std::size_t>(num_items));  // not atomic: the pool orders them
+    pool.ParallelFor(num_items, scratch,
+                     [&runs](std::int64_t item, Scratch&) { ++runs[static_cast<std::size_t>(item)]; });
+    for (const int count : runs) ASSERT_EQ(count, 1);
+  }
+}
+
+TEST_P(WorkerPoolTest, ScratchBelongsToOneThreadAtATime) {
+  WorkerPool pool(GetParam());
+  Scratch scratch;
+  std::atomic<int> num_torn = 0;
+  pool.ParallelFor(200, scratch, [&num_torn](std::int64_t item, Scratch& mine) {
+    const std::size_t size = 64 + static_cast<std::size_t>(item) * 100;
+    std::byte* const bytes = mine.Get(size);
+    std::memset(bytes, static_cast<int>(item), size);
+    for (std::size_t i = 0; i < size; ++i) num_torn += bytes[i] != static_cast<std::byte>(item);
+  });
+  EXPECT_EQ(num_torn, 0);
+}
+
+TEST_P(WorkerPoolTest, CallersOnSeveralThreadsDoNotDisturbEachOther) {
+  WorkerPool pool(GetParam());
+  std::vector<std::thread> callers;
+  std::atomic<std::int64_t> total = 0;
+  for (int c = 0; c < 3; ++c) {
+    callers.emplace_back([&pool, &total] {
+      Scratch scratch;
+      for (int round = 0; round < 200; ++round) {
+        pool.ParallelFor(10, scratch, [&total](std::int64_t item, Scratch&) { total += item; });
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(total, 3 * 200 * 45);
+}
+
+INSTANTIATE_TEST_SUITE_P(Workers, WorkerPoolTest, testing::Values(1, 2, 3, 8));
+
+}  // namespace
+}  // namespace spillway::cpu

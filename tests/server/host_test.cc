@@ -1,0 +1,118 @@
+// Where the model is found, and how much memory and context it gets.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "server/engine_host.h"
+#include "server/machine_memory.h"
+#include "server/model_path.h"
+
+namespace spillway {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() { ::mkdtemp(path_.data()); }
+  ~TemporaryFolder() { fs::remove_all(path_); }
+  fs::path operator/(const std::string& relative) const { return fs::path(path_) / relative; }
+  void Write(const std::string& relative, const std::string& text) const {
+    fs::create_directories((*this / relative).parent_path());
+    std::ofstream(*this / relative) << text;
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_ = (fs::temp_directory_path() / "spillway-host-XXXXXX").string();
+};
+
+TEST(ResolveModel, TakesAFolderWithAConfig) {
+  const TemporaryFolder folder;
+  folder.Write("m/config.json", "{}");
+  fs::create_directories(folder / "empty");
+  EXPECT_EQ(ResolveModel(folder / "m", {}).value(), (folder / "m").string());
+  EXPECT_THAT(std::string(ResolveModel(folder / "empty", {}).status().message()), HasSubstr("no config.json"));
+}
+
+TEST(ResolveModel, FindsHubIdsInTheCache) {
+  const TemporaryFolder folder;
+  folder.Write("hub/models--org--name/refs/main", "abc");
+  folder.Write("hub/models--org--name/snapshots/abc/config.json", "{}");
+  folder.Write("hub/models--org--name/snapshots/old/config.json", "{}");
+  folder.Write("hub/models--gpt2/snapshots/only/config.json", "{}");
+  const std::string snapshot = folder / "hub/models--org--name/snapshots/abc";
+  EXPECT_EQ(ResolveModel("org/name", {{"HF_HOME", folder.path()}}).value(), snapshot);
+  EXPECT_EQ(ResolveModel("org/name", {{"HF_HUB_CACHE", folder / "hub"}, {"HF_HOME", "/nowhere"}}).value(), snapshot);
+  EXPECT_EQ(ResolveModel("gpt2", {{"HF_HOME", folder.path()}}).value(),
+            (folder / "hub/models--gpt2/snapshots/only").string());
+}
+
+TEST(ResolveModel, SaysHowToFetchWhatIsAbsent) {
+  const auto absent = ResolveModel("org/name", {{"HF_HOME", "/nonexistent"}});
+  EXPECT_TRUE(absl::IsNotFound(absent.status()));
+  EXPECT_THAT(std::string(absent.status().message()), HasSubstr("hf download org/name"));
+  EXPECT_TRUE(absl::IsInvalidArgument(ResolveModel("", {}).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(ResolveModel("/no/such/folder", {}).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(ResolveModel("../x", {}).status()));
+}
+
+TEST(MachineMemory, ReadsTheTightestCgroupOfVersion2) {
+  const TemporaryFolder root;
+  root.Write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable:   8388608 kB\n");
+  root.Write("proc/self/cgroup", "0::/pod/container\n");
+  root.Write("sys/fs/cgroup/pod/memory.max", "6442450944\n");
+  root.Write("sys/fs/cgroup/pod/container/memory.max", "max\n");
+  const MachineMemory memory = ReadMachineMemory(root.path());
+  EXPECT_EQ(memory.available_bytes, std::int64_t{8} << 30);
+  EXPECT_EQ(memory.cgroup_limit_bytes, std::int64_t{6} << 30);
+}
+
+TEST(MachineMemory, ReadsVersion1AndNoLimit) {
+  const TemporaryFolder root;
+  root.Write("proc/meminfo", "MemAvailable: 1024 kB\n");
+  root.Write("proc/self/cgroup", "5:cpu:/a\n4:memory:/a\n");
+  root.Write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n");
+  EXPECT_EQ(ReadMachineMemory(root.path()).cgroup_limit_bytes, std::nullopt);
+  root.Write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "1048576\n");
+  EXPECT_EQ(ReadMachineMemory(root.path()).cgroup_limit_bytes, 1 << 20);
+  EXPECT_GT(ReadMachineMemory().available_bytes, 0);
+}
+
+TEST(MachineMemory, DefaultKvCacheIsAnEighth) {
+  constexpr std::int64_t kGiB = std::int64_t{1} << 30;
+  EXPECT_EQ(DefaultKvCacheBytes({.available_bytes = 64 * kGiB}, kGiB), 2 * kGiB);
+  EXPECT_EQ(DefaultKvCacheBytes({.available_bytes = 64 * kGiB, .cgroup_limit_bytes = 11 * kGiB}, kGiB), kGiB);
+  EXPECT_EQ(DefaultKvCacheBytes({.available_bytes = 64 * kGiB, .cgroup_limit_bytes = 2 * kGiB}, kGiB), 0);
+}
+
+TEST(PlanCapacity, FitsTheContextToTheCache) {
+  CapacityRequest request{.default_kv_cache_bytes = 1000, .block_bytes = 100, .max_positions = 512};
+  EXPECT_EQ(PlanCapacity(request)->max_model_len, 160);
+  EXPECT_EQ(PlanCapacity(request)->kv_cache_bytes, 1000);
+  request.kv_cache_bytes = 100'000;
+  EXPECT_EQ(PlanCapacity(request)->max_model_len, 512);
+  request.max_model_len = 100;
+  EXPECT_EQ(PlanCapacity(request)->max_model_len, 100);
+}
+
+TEST(PlanCapacity, RefusesWhatCannotBe) {
+  const auto error = [](const CapacityRequest& request) {
+    return std::string(PlanCapacity(request).status().message());
+  };
+  CapacityRequest request{.default_kv_cache_bytes = 99, .block_bytes = 100, .max_positions = 512};
+  EXPECT_THAT(error(request), HasSubstr("--kv-cache-memory-bytes: 99 B is less than one block"));
+  request.default_kv_cache_bytes = 1000;
+  request.max_model_len = 513;
+  EXPECT_THAT(error(request), HasSubstr("--max-model-len: 513 is more than the model's 512"));
+  request.max_model_len = 161;
+  EXPECT_THAT(error(request), HasSubstr("give --kv-cache-memory-bytes 1100 or more"));
+}
+
+}  // namespace
+}  // namespace spillway

@@ -1,0 +1,5 @@
+spillway_test(text_output_test SOURCES text_output_test.cc LIBS spillway_server)
+spillway_test(service_test SOURCES service_test.cc LIBS spillway_server)
+spillway_test(chat_template_test SOURCES chat_template_test.cc LIBS spillway_server)
+spillway_test(metrics_test SOURCES metrics_test.cc LIBS spillway_server)
+spillway_test(http_test SOURCES http_test.cc http_api_test.cc http_fuzz_test.cc LIBS spillway_server)
