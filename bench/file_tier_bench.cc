@@ -34,10 +34,13 @@ constexpr std::size_t kTotalBytes = 256U << 20U;
 constexpr std::size_t kBuffers = 16;
 constexpr std::uint64_t kRounds = 7;
 
+enum class Cache { kWarm, kCold };  // whether what is read is in the page cache
+
 struct Setting {
   std::size_t span_bytes = 0;
   int threads = 0;  // of the tier, and of the raw copies
   int depth = 0;    // tier calls in flight
+  Cache cache = Cache::kWarm;
 };
 
 double CpuSeconds() {
@@ -127,12 +130,15 @@ class Bench {
     for (std::uint64_t round = 0; round <= kRounds; ++round) {
       raw_put.Add([&] { RawCopies(Direction::kWrite); });
       put.Add([&] { Puts(round); });
+      DropCache(directory_ + "/raw");
       raw_get.Add([&] { RawCopies(Direction::kRead); });
+      DropCache(directory_ + "/tier/" + BlockFileName(MakeSpaceDigest("bench", setting_.span_bytes)));
       get.Add([&] { Gets(round); });
       CheckOneRound(round);
     }
-    std::printf("{\"bench\": \"file_tier\", \"span_bytes\": %zu, \"threads\": %d, \"depth\": %d", setting_.span_bytes,
-                setting_.threads, setting_.depth);
+    std::printf("{\"bench\": \"file_tier\", \"span_bytes\": %zu, \"threads\": %d, \"depth\": %d, \"cache\": \"%s\"",
+                setting_.span_bytes, setting_.threads, setting_.depth,
+                setting_.cache == Cache::kWarm ? "warm" : "cold");
     Print("put", put, raw_put);
     Print("get", get, raw_get);
     std::printf("}\n");
@@ -155,6 +161,14 @@ class Bench {
     std::vector<std::thread> threads;
     for (int i = 0; i < setting_.threads; ++i) threads.emplace_back(work);
     for (std::thread& thread : threads) thread.join();
+  }
+
+  void DropCache(const std::string& path) const {
+    if (setting_.cache == Cache::kWarm) return;
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    SPILLWAY_CHECK(file >= 0 && ::fdatasync(file) == 0 && ::posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED) == 0)
+        << path;
+    ::close(file);
   }
 
   void Puts(std::uint64_t round) {
@@ -224,9 +238,12 @@ int main(int argc, char** argv) {
     std::cerr << "cannot make " << directory << "\n";
     return 1;
   }
-  for (const std::size_t span_bytes : {2U << 20U}) {
-    for (const auto& [threads, depth] : {std::pair(1, 8)}) {
-      spillway::Bench(directory, {.span_bytes = span_bytes, .threads = threads, .depth = depth}).Run();
+  for (const std::size_t span_bytes : {64U << 10U, 256U << 10U, 2U << 20U}) {
+    for (const auto& [threads, depth] : {std::pair(1, 1), std::pair(1, 8), std::pair(2, 8)}) {
+      for (const spillway::Cache cache : {spillway::Cache::kWarm, spillway::Cache::kCold}) {
+        spillway::Bench(directory, {.span_bytes = span_bytes, .threads = threads, .depth = depth, .cache = cache})
+            .Run();
+      }
     }
   }
   std::filesystem::remove(directory);

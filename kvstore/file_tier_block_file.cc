@@ -21,8 +21,7 @@ namespace {
 
 // Payloads are hashed piece by piece while they are in the cache for the copy: hashing a whole block after reading it
 // costs a second pass through memory.
-constexpr std::size_t kReadPieceBytes = PR;
-constexpr std::size_t kWritePieceBytes = PW;
+constexpr std::size_t kPieceBytes = 256U << 10U;
 
 // Over the identity as well as the payload: a sound payload under another block's record is not sound.
 class PayloadHash {
@@ -83,7 +82,7 @@ absl::Status BlockFile::Write(std::uint32_t slot, BlockRecord& record, std::span
   PayloadHash hash(record.key, record.tokens, space_);
   std::int64_t offset = layout_.PayloadOffset(slot);
   while (!payload.empty()) {
-    const std::span<const std::byte> piece = payload.first(std::min(kWritePieceBytes, payload.size()));
+    const std::span<const std::byte> piece = payload.first(std::min(kPieceBytes, payload.size()));
     hash.Update(piece);
     RETURN_IF_ERROR(file_.WriteAt(offset, piece));
     offset += static_cast<std::int64_t>(piece.size());
@@ -103,7 +102,7 @@ absl::Status BlockFile::Read(std::uint32_t slot, const BlockKey& key, const Bloc
   PayloadHash hash(key, tokens, space_);
   std::int64_t offset = layout_.PayloadOffset(slot);
   while (!into.empty()) {
-    const std::span<std::byte> piece = into.first(std::min(kReadPieceBytes, into.size()));
+    const std::span<std::byte> piece = into.first(std::min(kPieceBytes, into.size()));
     ASSIGN_OR_RETURN(const std::size_t got, file_.ReadAt(offset, piece));
     if (got < piece.size()) return Unsound(key, "the file ends before the block does");
     hash.Update(piece);

@@ -9,8 +9,8 @@
 namespace spillway {
 
 struct MachineMemory {
-  std::int64_t available_bytes = 0;                // MemAvailable
-  std::optional<std::int64_t> cgroup_limit_bytes;  // the tightest limit of the process's groups
+  std::int64_t available_bytes = 0;                               // MemAvailable
+  std::optional<std::int64_t> cgroup_limit_bytes = std::nullopt;  // the tightest limit of the process's groups
 };
 
 // `root` is prefixed to /proc and /sys.

@@ -299,6 +299,7 @@ class LiveGeneration : public Generation, public std::enable_shared_from_this<Li
       choices_.emplace_back(sequence_id, host_.tokenizer(),
                             TextOptions{request_.skip_special_tokens ? SkipSpecial::kYes : SkipSpecial::kNo,
                                         request_.stop, request_.include_stop_in_output, sampling.min_tokens});
+      choices_.back().text.Continue(prompt);
       sequences.push_back({.id = sequence_id,
                            .choice = static_cast<std::uint32_t>(index),
                            .prompt = prompt,

@@ -26,6 +26,12 @@ TextOutput::TextOutput(const Tokenizer& tokenizer, TextOptions options)
   for (std::string& stop : options.stop) matchers_.emplace_back(std::move(stop));
 }
 
+void TextOutput::Continue(std::span<const std::int32_t> prompt) {
+  // The tail is enough for the decoder to be past the beginning and to know a code point that the prompt leaves unfinished.
+  constexpr std::size_t kTail = 16;
+  for (const std::int32_t token : prompt.last(std::min(prompt.size(), kTail))) decoder_.Push(token);
+}
+
 std::string TextOutput::Push(std::int32_t token) {
   ++num_tokens_;
   return Release(decoder_.Push(token));

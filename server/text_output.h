@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,6 +26,9 @@ class TextOutput {
  public:
   TextOutput(const Tokenizer& tokenizer, TextOptions options);
 
+  // The output continues this prompt: what a decoder does only to the first token of a text is not done to the output's. Once,
+  // before the first Push.
+  void Continue(std::span<const std::int32_t> prompt);
   // The text that one more token releases.
   std::string Push(std::int32_t token);
   // The rest, when the sequence has ended by itself.

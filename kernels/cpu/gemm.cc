@@ -7,7 +7,6 @@
 
 #include "kernels/argument_checks.h"
 #include "kernels/cpu/memory.h"
-#include "kernels/element.h"
 #include "kernels/status_macros.h"
 
 namespace spillway::cpu {

@@ -94,8 +94,8 @@ std::int64_t RowsOfOneCall(std::int64_t rows_left) {
   return rows_left <= 64 ? rows_left : std::min<std::int64_t>(rows_left / 64 * 64, 512);
 }
 
-// A matrix of one slice would have other bits than one of two, so the cut is a function of the matrix alone, not of the
-// number of workers: some eight slices of whole cache lines, to be balanced over the workers.
+// The cut is a function of the matrix alone, so that bits cannot depend on the number of workers: some eight slices of
+// whole cache lines, to be balanced over the workers.
 std::int64_t ColumnsPerSlice(std::int64_t columns) {
   return std::clamp<std::int64_t>((columns + 511) / 512 * 64, 64, 1024);
 }

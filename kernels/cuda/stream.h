@@ -81,6 +81,8 @@ class CudaStream final : public Stream {
   void Fail(absl::Status status) { state_->Fail(std::move(status)); }
   bool IsUsable() const;  // also makes the stream's device the calling thread's
 
+  // For measurements, and for capturing what is queued into a graph.
+  cudaStream_t handle() const { return stream_; }
   Fault* fault() const { return state_->fault(); }
   // Device memory for the kernels of this stream, kept from call to call: one piece per purpose, allocated when first
   // asked for. Null after an error.

@@ -94,8 +94,7 @@ class FakeEngine : public Engine {
   // Every sequence ends with `status`, and new ones are refused with it.
   void Fail(const absl::Status& status) { Set(failure_, status); }
 
-  // Blocks until exactly this many sequences are submitted and unfinished.
-  void AwaitLive(std::size_t count) {
+  void AwaitLive(std::size_t count) {  // exactly this many are submitted and unfinished
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return num_live_ == count; });
   }

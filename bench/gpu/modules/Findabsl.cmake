@@ -1,0 +1,3 @@
+# Carried: see carried.cmake.
+include(${CMAKE_CURRENT_LIST_DIR}/carried.cmake)
+set(absl_FOUND TRUE)

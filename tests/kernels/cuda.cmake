@@ -1,0 +1,50 @@
+# Tests of the cuda device. cuda.*: on a GPU, each skipped by name where there is none. cuda_emulated.*: the same sources with the
+# kernels compiled for the CPU (cuda_emulation.h), which needs CUDA's headers only; not under sanitizers, which do not follow
+# the emulation's fibers.
+
+get_filename_component(root ${CMAKE_CURRENT_LIST_DIR}/../.. ABSOLUTE)
+
+function(spillway_cuda_test name prefix)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEFINITIONS;LIBS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_include_directories(${name} SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
+  target_compile_definitions(${name} PRIVATE SPILLWAY_SOURCE_DIR="${root}" ${ARG_DEFINITIONS})
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS} spillway_kernels GTest::gtest GTest::gmock GTest::gtest_main ${CMAKE_DL_LIBS})
+  gtest_discover_tests(${name} TEST_PREFIX ${prefix}. DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 600)
+endfunction()
+
+if(SPILLWAY_CUDA)
+  spillway_cuda_test(cuda_conformance_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_conformance_test.cc)
+  spillway_cuda_test(cuda_device_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_device_test.cc)
+  spillway_cuda_test(cuda_golden_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_golden_test.cc
+                     LIBS spillway_engine nlohmann_json::nlohmann_json)
+  get_target_property(kernels_build spillway_kernels BINARY_DIR)
+  add_test(NAME cuda.no_spills COMMAND ${CMAKE_COMMAND} -DREPORTS=${kernels_build}/cuda
+                                       -P ${CMAKE_CURRENT_LIST_DIR}/cuda_spills.cmake)
+endif()
+
+find_path(SPILLWAY_CUDA_INCLUDE cuda_runtime.h HINTS $ENV{CUDA_HOME}/include PATHS /usr/local/cuda/include)
+if(NOT SPILLWAY_CUDA_INCLUDE OR SPILLWAY_SANITIZE OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  add_test(NAME cuda_emulated COMMAND ${CMAKE_COMMAND} -E echo "SKIPPED: needs CUDA's headers, x86-64 and no sanitizer")
+  set_tests_properties(cuda_emulated PROPERTIES SKIP_REGULAR_EXPRESSION "^SKIPPED")
+  return()
+endif()
+
+# Its own build of kernels/cuda: these definitions are met before the archive's.
+set(cuda_dir ${root}/kernels/cuda)
+file(GLOB kernel_sources CONFIGURE_DEPENDS ${cuda_dir}/*.cu)
+set_source_files_properties(${kernel_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS
+  "-xc++;-include;${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.h;-Wno-unknown-pragmas;-Wno-unused-function;-Wno-pedantic")
+add_library(cuda_emulated OBJECT
+  ${kernel_sources} ${cuda_dir}/blas.cc ${cuda_dir}/device.cc ${cuda_dir}/errors.cc ${cuda_dir}/kernels.cc
+  ${cuda_dir}/memory.cc ${cuda_dir}/stream.cc
+  ${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.cc ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_runtime.cc)
+target_include_directories(cuda_emulated SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
+target_link_libraries(cuda_emulated PRIVATE spillway_flags absl::status absl::statusor absl::strings)
+foreach(name IN ITEMS conformance device)
+  spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
+                     DEFINITIONS SPILLWAY_CUDA_EMULATED)
+endforeach()
+spillway_cuda_test(cuda_emulated_golden_test cuda_emulated
+                   SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_golden_test.cc $<TARGET_OBJECTS:cuda_emulated>
+                   DEFINITIONS SPILLWAY_CUDA_EMULATED LIBS spillway_engine nlohmann_json::nlohmann_json)

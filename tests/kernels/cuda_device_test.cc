@@ -1,0 +1,310 @@
+// What the conformance suites do not reach: the device and its streams, GEMM, gather, copies, and that no bit depends
+// on how work was cut.
+
+#include "tests/kernels/cuda_device.h"
+
+#include <cmath>
+#include <cstring>
+#include <future>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/gather.h"
+#include "tests/kernels/kernel_rig.h"
+
+namespace spillway {
+namespace {
+
+std::vector<std::byte> RandomBytes(Random& random, std::size_t size) {
+  std::vector<std::byte> bytes(size);
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random.Below(256));
+  return bytes;
+}
+
+TEST(CudaDeviceTest, WithoutAGpuItSaysSo) {
+  const absl::Status status = MakeCudaDevice(CudaTestOptions()).status();
+  if (status.ok() || absl::IsNotFound(status)) GTEST_SKIP() << "there is a GPU";
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_EQ(status.message().rfind("no CUDA device", 0), 0U) << status;
+}
+
+TEST(CudaDeviceTest, RefusesBadOptions) {
+  CudaDeviceOptions options;
+  options.gpu_memory_utilization = 1.5;
+  EXPECT_EQ(MakeCudaDevice(options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(CudaDeviceTest, RefusesAnIndexThatIsNotThere) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  CudaDeviceOptions options = CudaTestOptions();
+  options.index = 1000;
+  EXPECT_EQ(MakeCudaDevice(options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(CudaDeviceTest, MemoryIsBoundedZeroedAlignedAndGivenBack) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  const std::size_t total = device->free_bytes();
+  {
+    std::vector<Buffer> buffers;
+    for (const std::size_t size : {0, 1, 100, 4096, 1 << 20}) {
+      buffers.push_back(device->Allocate(MemoryKind::kDevice, size).value());
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffers.back().get()) % 64, 0U);
+      std::vector<std::byte> seen(size, std::byte{1});
+      stream->Copy(seen.data(), buffers.back().get(), size);
+      ASSERT_TRUE(stream->Record()->Await().ok());
+      EXPECT_EQ(seen, std::vector<std::byte>(size));
+    }
+    buffers.erase(buffers.begin() + 1, buffers.begin() + 4);  // a hole of several neighbours is one hole again
+    const absl::Status status = device->Allocate(MemoryKind::kDevice, total).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_NE(status.message().find(std::to_string(total)), absl::string_view::npos) << status;
+    EXPECT_NE(status.message().find(std::to_string(device->free_bytes())), absl::string_view::npos) << status;
+  }
+  EXPECT_EQ(device->free_bytes(), total);
+  EXPECT_TRUE(device->Allocate(MemoryKind::kDevice, total).ok());
+  const Buffer pinned = device->Allocate(MemoryKind::kPinnedHost, 1000).value();
+  for (std::size_t i = 0; i < 1000; ++i) ASSERT_EQ(pinned.get()[i], std::byte{0});
+}
+
+TEST(CudaStreamTest, CopiesAreBitExactAndInOrder) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto first = device->NewStream().value();
+  const auto second = device->NewStream().value();
+  Random random(1);
+  for (const std::size_t size : {1, 511, 16384, 2 << 20}) {
+    const std::vector<std::byte> bytes = RandomBytes(random, size);
+    const Buffer from = device->Allocate(MemoryKind::kPinnedHost, size).value();
+    const Buffer on_device = device->Allocate(MemoryKind::kDevice, size).value();
+    const Buffer to = device->Allocate(MemoryKind::kPinnedHost, size).value();
+    std::memcpy(from.get(), bytes.data(), size);
+    first->Copy(on_device.get(), from.get(), size);
+    second->Wait(first->Record());
+    second->Copy(to.get(), on_device.get(), size);
+    std::promise<bool> is_same;
+    second->Notify([&] { is_same.set_value(std::memcmp(to.get(), bytes.data(), size) == 0); });
+    const auto event = second->Record();
+    EXPECT_TRUE(is_same.get_future().get());
+    EXPECT_TRUE(event->Await().ok());
+    EXPECT_TRUE(event->Ready());
+  }
+}
+
+TEST(CudaStreamTest, TheFirstErrorSticksAndNotificationsStillCome) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  const auto dependent = device->NewStream().value();
+  const std::vector<std::int32_t> tokens = {1, 99};
+  const Buffer memory = device->Allocate(MemoryKind::kDevice, 4096).value();
+  stream->Copy(memory.get(), reinterpret_cast<const std::byte*>(tokens.data()), 8);
+  EmbedArgs args;
+  args.tokens = reinterpret_cast<const std::int32_t*>(memory.get());
+  args.num_tokens = 2;
+  args.table = {memory.get() + 1024, DType::kF32, 4, 4, 4};
+  args.out = reinterpret_cast<float*>(memory.get() + 2048);
+  device->kernels().Embed(*stream, args);
+  const absl::Status status = stream->Record()->Await();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_NE(status.message().find("99"), absl::string_view::npos) << status;
+  EXPECT_NE(status.message().find("row 1"), absl::string_view::npos) << status;
+  std::promise<void> notified;
+  stream->Notify([&] { notified.set_value(); });
+  notified.get_future().wait();
+  dependent->Wait(stream->Record());
+  EXPECT_EQ(dependent->status(), status);
+}
+
+TEST(CudaGatherTest, RowsOfEverySizeArriveBitExact) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  Random random(2);
+  for (const std::int32_t row_bytes : {16, 48, 128, 256, 512, 1024, 8192}) {
+    for (const int num_ctas : {0, 1, 5}) {
+      constexpr std::int64_t kSlots = 300;
+      constexpr std::int64_t kRows = 173;
+      const auto size = static_cast<std::size_t>(kSlots * row_bytes);
+      const Buffer host = device->Allocate(MemoryKind::kPinnedHost, size).value();
+      const std::vector<std::byte> bytes = RandomBytes(random, size);
+      std::memcpy(host.get(), bytes.data(), size);
+      std::vector<std::int64_t> slots(kSlots);
+      std::iota(slots.begin(), slots.end(), 0);
+      std::shuffle(slots.begin(), slots.end(), random.engine());
+      std::vector<std::int64_t> offsets;  // sources, destinations, then the number of rows
+      for (std::int64_t i = 0; i < kRows; ++i) offsets.push_back(random.Below(kSlots) * row_bytes);
+      for (std::int64_t i = 0; i < kRows; ++i) offsets.push_back(slots[static_cast<std::size_t>(i)] * row_bytes);
+      offsets.push_back(kRows - 3);
+      const Buffer table = device->Allocate(MemoryKind::kDevice, offsets.size() * 8).value();
+      stream->Copy(table.get(), reinterpret_cast<const std::byte*>(offsets.data()), table.size_bytes);
+      const auto* const on_device = reinterpret_cast<const std::int64_t*>(table.get());
+      for (const bool counts_on_device : {false, true}) {
+        const Buffer to = device->Allocate(MemoryKind::kDevice, size).value();
+        cuda::GatherRows(*stream,
+                         {.source = host.get(),
+                          .destination = to.get(),
+                          .source_offsets = on_device,
+                          .destination_offsets = on_device + kRows,
+                          .num_rows_device =
+                              counts_on_device ? reinterpret_cast<const std::int32_t*>(on_device + 2 * kRows) : nullptr,
+                          .num_rows = kRows,
+                          .row_bytes = row_bytes,
+                          .num_ctas = num_ctas});
+        std::vector<std::byte> expected(size);
+        for (std::int64_t i = 0; i < (counts_on_device ? kRows - 3 : kRows); ++i) {
+          std::memcpy(expected.data() + offsets[static_cast<std::size_t>(kRows + i)],
+                      bytes.data() + offsets[static_cast<std::size_t>(i)], static_cast<std::size_t>(row_bytes));
+        }
+        std::vector<std::byte> actual(size);
+        stream->Copy(actual.data(), to.get(), size);
+        ASSERT_TRUE(stream->Record()->Await().ok()) << stream->status();
+        ASSERT_EQ(actual, expected) << row_bytes << " bytes";
+      }
+    }
+  }
+}
+
+TEST(CudaGatherTest, RefusesRowsThatAreNotWholePieces) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  cuda::GatherRows(*stream, {.source = nullptr,
+                             .destination = nullptr,
+                             .source_offsets = nullptr,
+                             .destination_offsets = nullptr,
+                             .num_rows_device = nullptr,
+                             .num_rows = 1,
+                             .row_bytes = 24,
+                             .num_ctas = 0});
+  EXPECT_EQ(stream->status().code(), absl::StatusCode::kInternal);
+}
+
+class CudaGemmTest : public testing::TestWithParam<DType> {};
+
+TEST_P(CudaGemmTest, MatchesTheOracleAndARowDoesNotDependOnTheOthers) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const HostFacingKernels kernels(*device);
+  const auto stream = device->NewStream().value();
+  Random random(3);
+  struct Shape {
+    std::int64_t columns;
+    std::int64_t depth;
+  };
+  for (const Shape shape : {Shape{1, 1}, {3, 5}, {64, 64}, {65, 40}, {192, 136}, {130, 1024}}) {
+    const Array w(GetParam(), random.Normals(static_cast<std::size_t>(shape.columns * shape.depth)));
+    // Two parts, the second with a stride: one matrix.
+    const std::int64_t split = shape.columns / 2;
+    std::vector<MatrixView> parts;
+    if (split > 0) parts.push_back({w.data(), GetParam(), split, shape.depth, shape.depth});
+    parts.push_back({w.data() + static_cast<std::size_t>(split * shape.depth) * SizeOf(GetParam()), GetParam(),
+                     shape.columns - split, shape.depth, shape.depth});
+    const auto weight = kernels.Pack(parts).value();
+    const std::vector<float> bias = random.Normals(static_cast<std::size_t>(shape.columns));
+    constexpr std::int64_t kMaxRows = 100;
+    const std::vector<float> values = random.Normals(static_cast<std::size_t>(kMaxRows * shape.depth));
+    const std::vector<float> before = random.Normals(static_cast<std::size_t>(kMaxRows * shape.columns));
+    for (const bool has_bias : {false, true}) {
+      for (const bool adds : {false, true}) {
+        std::vector<float> whole;
+        for (const std::int64_t num_rows : {std::int64_t{100}, std::int64_t{1}, std::int64_t{17}, std::int64_t{64}}) {
+          const Array a(GetParam(), {values.begin(), values.begin() + num_rows * shape.depth});
+          std::vector<float> out(before.begin(), before.begin() + num_rows * shape.columns);
+          GemmArgs args;
+          args.a = a.data();
+          args.a_dtype = GetParam();
+          args.num_rows = num_rows;
+          args.weight = weight.get();
+          args.bias = has_bias ? bias.data() : nullptr;
+          args.output = adds ? GemmOutput::kAdd : GemmOutput::kStore;
+          args.out = out.data();
+          kernels.Gemm(*stream, args);
+          ASSERT_TRUE(stream->Record()->Await().ok()) << stream->status();
+          const std::string what = std::to_string(num_rows) + " x " + std::to_string(shape.columns) + " x " +
+                                   std::to_string(shape.depth) + (has_bias ? ", bias" : "") + (adds ? ", added" : "");
+          if (!whole.empty()) {
+            ExpectSameBits(out, {whole.begin(), whole.begin() + num_rows * shape.columns}, what);
+            continue;
+          }
+          whole = out;
+          std::vector<float> oracle;
+          for (std::size_t m = 0; m < static_cast<std::size_t>(num_rows); ++m) {
+            for (std::size_t n = 0; n < static_cast<std::size_t>(shape.columns); ++n) {
+              const auto depth = static_cast<std::size_t>(shape.depth);
+              double sum = (has_bias ? bias[n] : 0.0) + (adds ? before[oracle.size()] : 0.0);
+              for (std::size_t k = 0; k < depth; ++k) sum += double{a.at(m * depth + k)} * w.at(n * depth + k);
+              oracle.push_back(static_cast<float>(sum));
+            }
+          }
+          ExpectNear(out, oracle, 1e-6F * static_cast<float>(shape.depth) + 1e-6F, what);
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaGemmTest, testing::Values(DType::kF32, DType::kBF16),
+                         [](const auto& dtype) { return std::string(NameOf(dtype.param)); });
+
+// With room for no partial state at all every sequence is computed by one CTA per tile; the bits are the same.
+TEST(CudaAttentionTest, BitsDoNotDependOnTheWorkspace) {
+  CudaDeviceOptions small = CudaTestOptions();
+  small.attention_workspace_bytes = 4096;
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  SPILLWAY_CUDA_OR_SKIP(small_device, small);
+  Random random(4);
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const int head_dim : {64, 128, 40}) {
+      constexpr int kHeads = 6;
+      constexpr std::int32_t kContexts[] = {1000, 1, 257, 600};
+      KvLayout layout{1, 2, head_dim, dtype};
+      std::vector<std::int32_t> query_begin = {0};
+      std::vector<std::int32_t> first_position;
+      std::vector<std::int32_t> block_begin = {0};
+      std::vector<std::int32_t> block_table;
+      for (const std::int32_t context : kContexts) {
+        query_begin.push_back(query_begin.back() + 1);
+        first_position.push_back(context - 1);
+        for (std::int32_t i = 0; i < (context + 15) / 16; ++i) {
+          block_table.push_back(static_cast<std::int32_t>(block_table.size()));
+        }
+        block_begin.push_back(static_cast<std::int32_t>(block_table.size()));
+      }
+      const Array pool(dtype, random.Normals(block_table.size() * layout.block_bytes() / SizeOf(dtype)));
+      const Array q(dtype, random.Normals(4 * kHeads * static_cast<std::size_t>(head_dim)));
+      std::vector<std::vector<float>> results;
+      for (Device* const each : {device.get(), small_device.get()}) {
+        const Array out(DType::kF32, q.size());
+        AttentionArgs args;
+        args.q = q.data();
+        args.q_dtype = dtype;
+        args.num_heads = kHeads;
+        args.scale = 0.3F;
+        args.kv = {pool.data(), layout};
+        args.num_sequences = 4;
+        args.num_tokens = 4;
+        args.query_begin = query_begin.data();
+        args.first_position = first_position.data();
+        args.block_begin = block_begin.data();
+        args.block_table = block_table.data();
+        args.out = out.data();
+        const auto stream = each->NewStream().value();
+        HostFacingKernels(*each).Attention(*stream, args);
+        ASSERT_TRUE(stream->status().ok()) << stream->status();
+        results.push_back(out.Values());
+      }
+      ExpectSameBits(results[1], results[0], "head_dim " + std::to_string(head_dim));
+    }
+  }
+}
+
+TEST(CudaAttentionTest, RefusesWhatItHasNoKernelFor) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  AttentionArgs args;
+  args.num_heads = 1;
+  args.num_tokens = args.num_sequences = 1;
+  args.kv.layout = {1, 1, 512, DType::kBF16};
+  device->kernels().Attention(*stream, args);
+  EXPECT_EQ(stream->status().code(), absl::StatusCode::kUnimplemented);
+}
+
+}  // namespace
+}  // namespace spillway
