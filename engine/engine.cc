@@ -78,8 +78,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
   const KvLayout layout = model_->kv_layout();
   const auto num_blocks = static_cast<std::size_t>(options_.kv_cache_bytes) / layout.block_bytes();
   if (num_blocks == 0 || num_blocks > 0x7fffffffU) {
-    return absl::InvalidArgumentError(absl::StrCat("kv_cache_bytes is ", options_.kv_cache_bytes, "; one block of ", kBlockTokens,
-                                                   " tokens takes ", layout.block_bytes(), " bytes"));
+    return absl::InvalidArgumentError(absl::StrCat("kv_cache_bytes is ", options_.kv_cache_bytes, "; one block of ",
+                                                   kBlockTokens, " tokens takes ", layout.block_bytes(), " bytes"));
   }
   if (options_.max_model_len < 2 || options_.max_num_seqs < 1 || options_.max_num_batched_tokens < 1 ||
       options_.max_queued_requests < 1 || options_.long_prefill_token_threshold < 0) {
@@ -88,10 +88,12 @@ absl::Status ThreadedEngine::Start(Device& device) {
         "long_prefill_token_threshold at least 0");
   }
   HostTier& host = options_.host_tier != nullptr ? *options_.host_tier : *null_host_;
-  const KvStoreOptions store_options{.layout = layout,
-                                     .num_blocks = static_cast<std::uint32_t>(num_blocks),
-                                     .caching = options_.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
-                                     .before_copy = options_.before_copy};
+  const KvStoreOptions store_options{
+      .layout = layout,
+      .num_blocks = static_cast<std::uint32_t>(num_blocks),
+      .caching = options_.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
+      .pacing = {.bytes_per_second = options_.link_bytes_per_second, .latency_seconds = options_.link_latency_seconds},
+      .before_copy = options_.before_copy};
   ASSIGN_OR_RETURN(store_, KvStore::Make(device, host, store_options, [this] { mailbox_.TransferDone(); }));
   scheduler_ = std::make_unique<Scheduler>(
       *store_, chain_,
@@ -126,25 +128,27 @@ absl::Status ThreadedEngine::Submit(std::vector<SequenceRequest> requests) {
       return absl::InvalidArgumentError("a request needs at least one prompt token and max_tokens of at least 1");
     }
     if (request.sampling.stop_token_ids.size() > kMaxStopTokens) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("stop_token_ids has ", request.sampling.stop_token_ids.size(), " ids, at most ", kMaxStopTokens));
+      return absl::InvalidArgumentError(absl::StrCat("stop_token_ids has ", request.sampling.stop_token_ids.size(),
+                                                     " ids, at most ", kMaxStopTokens));
     }
     if (wanted > options_.max_model_len) {
-      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ", request.sampling.max_tokens,
-                                                " exceed max_model_len ", options_.max_model_len));
+      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ",
+                                                request.sampling.max_tokens, " exceed max_model_len ",
+                                                options_.max_model_len));
     }
     // The last sampled token is never computed, so it needs no row.
     if (wanted - 1 > capacity_tokens()) {
-      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ", request.sampling.max_tokens,
-                                                " can never fit the KV cache of ", capacity_tokens(), " tokens"));
+      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ",
+                                                request.sampling.max_tokens, " can never fit the KV cache of ",
+                                                capacity_tokens(), " tokens"));
     }
   }
   switch (mailbox_.Submit(requests, Now(), options_.max_queued_requests)) {
     case Mailbox::Accepted::kYes:
       return absl::OkStatus();
     case Mailbox::Accepted::kFull:
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the queue is full: ", mailbox_.num_waiting(), " of ", options_.max_queued_requests, " requests wait"));
+      return absl::ResourceExhaustedError(absl::StrCat("the queue is full: ", mailbox_.num_waiting(), " of ",
+                                                       options_.max_queued_requests, " requests wait"));
     case Mailbox::Accepted::kClosed:
       break;
   }
@@ -166,6 +170,14 @@ EngineStatus ThreadedEngine::status() const {
   status.kv_blocks_used = num_held_.load(std::memory_order_relaxed);
   status.kv_blocks_cached = num_cold_.load(std::memory_order_relaxed);
   status.kv_usage = static_cast<double>(status.kv_blocks_used) / static_cast<double>(status.kv_blocks_total);
+  const TransferStats restores = store_->transfer_stats(Transfer::Kind::kRestore);
+  status.restored_blocks = restores.blocks;
+  status.restored_bytes = restores.bytes;
+  status.restore_seconds = restores.seconds;
+  const TransferStats stores = store_->transfer_stats(Transfer::Kind::kStore);
+  status.stored_blocks = stores.blocks;
+  status.stored_bytes = stores.bytes;
+  status.store_seconds = stores.seconds;
   {
     const std::lock_guard lock(failure_mutex_);
     status.failure = failure_;
@@ -264,7 +276,8 @@ void ThreadedEngine::Digest(const StepPlan& plan) {
     Sequence& sequence = *planned.sequence;
     const SamplingParams& params = sequence.request.sampling;
     const SampleResult& result = runner_->results()[next++];
-    SampledToken token{.token = result.token, .logprob = result.logprob, .rank = result.rank, .logits_hash = result.logits_hash};
+    SampledToken token{
+        .token = result.token, .logprob = result.logprob, .rank = result.rank, .logits_hash = result.logits_hash};
     for (std::int32_t i = 0; i < result.num_top; ++i) {
       token.top.push_back({.token = result.top_tokens[i], .logprob = result.top_logprobs[i], .rank = i + 1});
     }
@@ -339,8 +352,8 @@ void ThreadedEngine::PublishStatus() {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Make(Device& device, std::unique_ptr<Model> model, const EngineOptions& options,
-                                                     EngineObserver* observer) {
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Make(Device& device, std::unique_ptr<Model> model,
+                                                     const EngineOptions& options, EngineObserver* observer) {
   auto engine = std::make_unique<ThreadedEngine>(std::move(model), options, observer);
   RETURN_IF_ERROR(engine->Start(device));
   return engine;

@@ -21,24 +21,26 @@ class Model;
 struct Transfer;
 
 struct EngineOptions {
-  std::int64_t kv_cache_bytes = 0;      // device tier; must hold at least one block
-  std::int32_t max_model_len = 0;       // prompt + output of one sequence, tokens
-  std::int32_t max_num_seqs = 256;      // sequences running at once
-  std::int32_t max_num_batched_tokens = 2048;  // token budget of a step
+  std::int64_t kv_cache_bytes = 0;                // device tier; must hold at least one block
+  std::int32_t max_model_len = 0;                 // prompt + output of one sequence, tokens
+  std::int32_t max_num_seqs = 256;                // sequences running at once
+  std::int32_t max_num_batched_tokens = 2048;     // token budget of a step
   std::int32_t long_prefill_token_threshold = 0;  // most prefill tokens of one sequence in a step; 0 = the budget
-  std::int32_t max_queued_requests = 4096;     // waiting sequences beyond those running
+  std::int32_t max_queued_requests = 4096;        // waiting sequences beyond those running
   bool enable_prefix_caching = true;
-  bool hash_logits = false;             // identity tests: SampledToken.logits_hash is filled
-  std::string prefix_hash_seed = "0";   // first parent of the key chain (vLLM: PYTHONHASHSEED)
+  bool hash_logits = false;                          // identity tests: SampledToken.logits_hash is filled
+  std::string prefix_hash_seed = "0";                // first parent of the key chain (vLLM: PYTHONHASHSEED)
   absl::Duration stall_timeout = absl::Seconds(60);  // a step that takes longer is a stall
-  HostTier* host_tier = nullptr;  // outlives the engine, shared by several; null: offloading off
+  HostTier* host_tier = nullptr;                     // outlives the engine, shared by several; null: offloading off
+  double link_bytes_per_second = 0;  // paces copies to and from the host tier (LinkPacing); 0: not paced
+  double link_latency_seconds = 0;
   std::function<absl::Status(const Transfer&)> before_copy;  // fault injection for tests, see TransferOptions
 };
 
 // One step, reported on the engine thread.
 struct StepReport {
   double seconds = 0;
-  std::int32_t num_tokens = 0;       // rows computed
+  std::int32_t num_tokens = 0;  // rows computed
   std::int32_t num_prefill_tokens = 0;
   std::int32_t num_generated = 0;
   std::int32_t num_preempted = 0;
@@ -52,11 +54,11 @@ struct SequenceReport {
   std::int32_t cached_tokens = 0;
   std::int32_t generated_tokens = 0;
   std::int32_t max_tokens = 0;
-  double queue_seconds = 0;      // submitted -> first scheduled
+  double queue_seconds = 0;        // submitted -> first scheduled
   double first_token_seconds = 0;  // submitted -> first token; 0 if none
-  double prefill_seconds = 0;    // first scheduled -> first token
-  double decode_seconds = 0;     // first token -> last token
-  double total_seconds = 0;      // submitted -> finished
+  double prefill_seconds = 0;      // first scheduled -> first token
+  double decode_seconds = 0;       // first token -> last token
+  double total_seconds = 0;        // submitted -> finished
 };
 
 // Called on the engine thread; must not block. Metrics implements it.
@@ -77,11 +79,17 @@ struct EngineStatus {
   std::int32_t num_running = 0;
   std::int32_t num_waiting = 0;
   std::int64_t kv_blocks_total = 0;
-  std::int64_t kv_blocks_used = 0;   // held by sequences
+  std::int64_t kv_blocks_used = 0;    // held by sequences
   std::int64_t kv_blocks_cached = 0;  // held by none, findable
-  double kv_usage = 0;               // used / total
-  bool is_alive = true;              // false: stopped, failed or stalled beyond stall_timeout
-  std::string failure;               // why, where it is not
+  double kv_usage = 0;                // used / total
+  std::int64_t restored_blocks = 0;   // from the host tier to the device, since start
+  std::int64_t restored_bytes = 0;
+  double restore_seconds = 0;
+  std::int64_t stored_blocks = 0;  // from the device to the host tier
+  std::int64_t stored_bytes = 0;
+  double store_seconds = 0;
+  bool is_alive = true;  // false: stopped, failed or stalled beyond stall_timeout
+  std::string failure;   // why, where it is not
 };
 
 class Engine {

@@ -1,6 +1,7 @@
 #pragma once
 
-// Mailbox: the only way into the engine thread. Any thread posts; the engine thread takes everything at once and sleeps only here.
+// Mailbox: the only way into the engine thread. Any thread posts; the engine thread takes everything at once and sleeps
+// only here.
 
 #include <chrono>
 #include <condition_variable>

@@ -120,13 +120,13 @@ class DenseDecoder : public Model {
  private:
   // Activations of one step; see Forward for who writes what.
   struct Workspace {
-    float* residual;       // [tokens, hidden]
-    float* cos_sin;        // [tokens, head_dim]
-    float* wide;           // [tokens, max(qkv width, 2 * inner)]
-    std::byte* query;      // [tokens, heads * head_dim] of dtype
-    std::byte* narrow;     // [tokens, max(hidden, heads * head_dim, inner)] of dtype
-    std::byte* last;       // [sampled, hidden] of dtype
-    float* logits;         // [sampled, vocab]
+    float* residual;    // [tokens, hidden]
+    float* cos_sin;     // [tokens, head_dim]
+    float* wide;        // [tokens, max(qkv width, 2 * inner)]
+    std::byte* query;   // [tokens, heads * head_dim] of dtype
+    std::byte* narrow;  // [tokens, max(hidden, heads * head_dim, inner)] of dtype
+    std::byte* last;    // [sampled, hidden] of dtype
+    float* logits;      // [sampled, vocab]
   };
   Workspace LayOut(Arena& arena, std::int64_t max_tokens, std::int64_t max_sampled) const;
   std::int64_t query_width() const { return std::int64_t{config_.num_heads} * config_.head_dim; }
@@ -172,7 +172,8 @@ absl::StatusOr<std::unique_ptr<PackedMatrix>> DenseDecoder::Pack(
   return packed;
 }
 
-absl::Status DenseDecoder::Load(const std::string& folder, const std::function<void(std::size_t, std::size_t)>& progress) {
+absl::Status DenseDecoder::Load(const std::string& folder,
+                                const std::function<void(std::size_t, std::size_t)>& progress) {
   ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(folder));
   const WeightReader reader(*checkpoint_, dtype_);
   std::size_t done = 0;
@@ -234,10 +235,10 @@ absl::Status DenseDecoder::Load(const std::string& folder, const std::function<v
                                       {name("self_attn.v_proj.weight"), kv_width()}},
                                      hidden));
     ASSIGN_OR_RETURN(layer.output, Pack(reader, {{name("self_attn.o_proj.weight"), hidden}}, query_width()));
-    ASSIGN_OR_RETURN(layer.gate_up, Pack(reader,
-                                         {{name("mlp.gate_proj.weight"), config_.inner},
-                                          {name("mlp.up_proj.weight"), config_.inner}},
-                                         hidden));
+    ASSIGN_OR_RETURN(
+        layer.gate_up,
+        Pack(reader, {{name("mlp.gate_proj.weight"), config_.inner}, {name("mlp.up_proj.weight"), config_.inner}},
+             hidden));
     ASSIGN_OR_RETURN(layer.down, Pack(reader, {{name("mlp.down_proj.weight"), hidden}}, config_.inner));
     layers_.push_back(std::move(layer));
   }
@@ -249,7 +250,9 @@ absl::Status DenseDecoder::Load(const std::string& folder, const std::function<v
 }
 
 DenseDecoder::Workspace DenseDecoder::LayOut(Arena& arena, std::int64_t max_tokens, std::int64_t max_sampled) const {
-  const auto floats = [&](std::int64_t rows, std::int64_t width) { return arena.Take<float>(static_cast<std::size_t>(rows * width)); };
+  const auto floats = [&](std::int64_t rows, std::int64_t width) {
+    return arena.Take<float>(static_cast<std::size_t>(rows * width));
+  };
   const auto values = [&](std::int64_t rows, std::int64_t width) {
     return arena.Take<std::byte>(static_cast<std::size_t>(rows * width) * SizeOf(dtype_));
   };
@@ -278,8 +281,10 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
   const Kernels& kernels = device_.kernels();
   const Workspace& w = workspace_;
   const std::int64_t num_tokens = arrays.num_tokens;
-  const auto gemm = [&](const std::byte* a, std::int64_t rows, const PackedMatrix& weight, GemmOutput output, float* out) {
-    kernels.Gemm(stream, {.a = a, .a_dtype = dtype_, .num_rows = rows, .weight = &weight, .output = output, .out = out});
+  const auto gemm = [&](const std::byte* a, std::int64_t rows, const PackedMatrix& weight, GemmOutput output,
+                        float* out) {
+    kernels.Gemm(stream,
+                 {.a = a, .a_dtype = dtype_, .num_rows = rows, .weight = &weight, .output = output, .out = out});
   };
   const auto norm = [&](const float* weight, const std::int32_t* rows, std::int64_t num_rows, std::byte* out) {
     kernels.RmsNorm(stream, {.x = w.residual,
@@ -292,7 +297,8 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
                              .out_dtype = dtype_});
   };
 
-  kernels.Embed(stream, {.tokens = arrays.tokens, .num_tokens = num_tokens, .table = embedding_.view, .out = w.residual});
+  kernels.Embed(stream,
+                {.tokens = arrays.tokens, .num_tokens = num_tokens, .table = embedding_.view, .out = w.residual});
   kernels.RopeAngles(stream, {.positions = arrays.positions,
                               .inverse_frequency = inverse_frequency_,
                               .num_tokens = num_tokens,
@@ -329,11 +335,9 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
     gemm(w.narrow, num_tokens, *layer.output, GemmOutput::kAdd, w.residual);
     norm(layer.post_norm, nullptr, num_tokens, w.narrow);
     gemm(w.narrow, num_tokens, *layer.gate_up, GemmOutput::kStore, w.wide);
-    kernels.SiluMul(stream, {.gate_up = w.wide,
-                             .num_tokens = num_tokens,
-                             .inner = config_.inner,
-                             .out = w.narrow,
-                             .out_dtype = dtype_});
+    kernels.SiluMul(
+        stream,
+        {.gate_up = w.wide, .num_tokens = num_tokens, .inner = config_.inner, .out = w.narrow, .out_dtype = dtype_});
     gemm(w.narrow, num_tokens, *layer.down, GemmOutput::kAdd, w.residual);
   }
   if (arrays.num_sampled == 0) return w.logits;

@@ -15,7 +15,11 @@
 
 namespace spillway {
 
-enum class DTypeChoice : std::uint8_t { kAuto, kFloat32, kBFloat16 };  // kAuto: the checkpoint's; float16 runs as float32
+enum class DTypeChoice : std::uint8_t {
+  kAuto,
+  kFloat32,
+  kBFloat16
+};  // kAuto: the checkpoint's; float16 runs as float32
 
 // Device arrays of one step, laid out by StepRunner. CSR forms as in AttentionArgs.
 struct StepArrays {
@@ -29,7 +33,7 @@ struct StepArrays {
   const std::int32_t* first_position = nullptr;  // [num_sequences]
   const std::int32_t* block_begin = nullptr;     // [num_sequences + 1]
   const std::int32_t* block_table = nullptr;
-  const std::int32_t* sampled_rows = nullptr;    // [num_sampled] token rows whose logits are wanted
+  const std::int32_t* sampled_rows = nullptr;  // [num_sampled] token rows whose logits are wanted
 };
 
 class Model {
@@ -43,7 +47,7 @@ class Model {
 
   virtual const ModelConfig& config() const = 0;
   virtual const GenerationDefaults& generation_defaults() const = 0;
-  virtual DType dtype() const = 0;      // of weights, activations and KV
+  virtual DType dtype() const = 0;  // of weights, activations and KV
   virtual KvLayout kv_layout() const = 0;
   virtual std::size_t weight_bytes() const = 0;
 

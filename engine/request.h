@@ -17,13 +17,13 @@ namespace spillway {
 
 // Validated by the caller (Service); ranges as stated.
 struct SamplingParams {
-  float temperature = 1;                     // 0 = greedy
-  float top_p = 1;                           // (0, 1]
-  float min_p = 0;                           // [0, 1]
-  std::int32_t top_k = 0;                    // 0 = all
-  std::uint64_t seed = 0;                    // already drawn where the client gave none
-  std::int32_t max_tokens = 16;              // >= 1; prompt + max_tokens <= max_model_len
-  std::int32_t min_tokens = 0;               // <= max_tokens; end and stop tokens are banned before it
+  float temperature = 1;         // 0 = greedy
+  float top_p = 1;               // (0, 1]
+  float min_p = 0;               // [0, 1]
+  std::int32_t top_k = 0;        // 0 = all
+  std::uint64_t seed = 0;        // already drawn where the client gave none
+  std::int32_t max_tokens = 16;  // >= 1; prompt + max_tokens <= max_model_len
+  std::int32_t min_tokens = 0;   // <= max_tokens; end and stop tokens are banned before it
   bool ignore_eos = false;
   std::vector<std::int32_t> stop_token_ids;  // beside the model's end-of-sequence tokens
   std::int32_t num_logprobs = -1;            // -1 = none, 0 = the sampled token's only, at most kMaxLogprobs
@@ -66,13 +66,13 @@ class TokenSink {
 
 // One sequence to generate. A client's n choices are n of these, submitted together; they share prompt blocks.
 struct SequenceRequest {
-  std::uint64_t id = 0;                // unique in the process; names it in Cancel
-  std::uint32_t choice = 0;            // 0 .. n-1
-  std::vector<std::int32_t> prompt;    // >= 1 token, all within the vocabulary
+  std::uint64_t id = 0;              // unique in the process; names it in Cancel
+  std::uint32_t choice = 0;          // 0 .. n-1
+  std::vector<std::int32_t> prompt;  // >= 1 token, all within the vocabulary
   SamplingParams sampling;
-  std::string cache_salt;              // prefix-cache entries are shared only within one salt
-  bool bypass_prefix_cache = false;    // matches nothing; still publishes
-  std::int32_t priority = 0;           // lower = earlier, under --scheduling-policy priority
+  std::string cache_salt;            // prefix-cache entries are shared only within one salt
+  bool bypass_prefix_cache = false;  // matches nothing; still publishes
+  std::int32_t priority = 0;         // lower = earlier, under --scheduling-policy priority
   std::shared_ptr<TokenSink> sink;
 };
 

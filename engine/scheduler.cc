@@ -47,8 +47,8 @@ std::int32_t Scheduler::ChunkOf(const Sequence& sequence, const StepPlan& plan) 
   return chunk;
 }
 
-// Holds blocks for the sequence's next num_tokens, at the cost of loads and of newer runners. False: it had to go itself, or
-// blocks are on their way back and it waits for them.
+// Holds blocks for the sequence's next num_tokens, at the cost of loads and of newer runners. False: it had to go
+// itself, or blocks are on their way back and it waits for them.
 bool Scheduler::Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan) {
   const auto wanted = static_cast<std::size_t>(BlocksFor(sequence.num_computed + num_tokens));
   while (sequence.blocks.size() < wanted) {
@@ -119,15 +119,16 @@ void Scheduler::Unschedule(Sequence& sequence, StepPlan& plan) {
   sequence.num_planned = 0;
 }
 
-// Room for all its known tokens; its outputs are taken on credit. A sequence alone always has room: it was accepted because it
-// fits the pool.
+// Room for all its known tokens; its outputs are taken on credit. A sequence alone always has room: it was accepted
+// because it fits the pool.
 bool Scheduler::HasRoomFor(const Sequence& sequence, std::size_t num_held_blocks) const {
   if (running_.empty() && loading_.empty() && ready_.empty()) return true;
   return static_cast<std::size_t>(BlocksFor(sequence.size())) <= num_held_blocks + store_.num_available();
 }
 
 void Scheduler::AdmitReady(StepPlan& plan, double now) {
-  while (!ready_.empty() && plan.num_tokens < options_.max_num_batched_tokens && num_running() < options_.max_num_seqs) {
+  while (!ready_.empty() && plan.num_tokens < options_.max_num_batched_tokens &&
+         num_running() < options_.max_num_seqs) {
     if (!running_.empty() && !HasRoomFor(*ready_.front(), ready_.front()->blocks.size())) return;
     std::unique_ptr<Sequence> sequence = std::move(ready_.front());
     ready_.pop_front();
@@ -137,7 +138,8 @@ void Scheduler::AdmitReady(StepPlan& plan, double now) {
 
 void Scheduler::Admit(StepPlan& plan, double now) {
   for (std::size_t i = 0; i < waiting_.size();) {
-    if (plan.num_tokens >= options_.max_num_batched_tokens || num_running() + num_loading() >= options_.max_num_seqs) return;
+    if (plan.num_tokens >= options_.max_num_batched_tokens || num_running() + num_loading() >= options_.max_num_seqs)
+      return;
     Sequence& sequence = *waiting_[i];
     GrowKeys(sequence);
     // At least the last token is computed, since its logits are wanted.
@@ -234,7 +236,8 @@ void Scheduler::Computed(const StepPlan& plan) {
       const auto i = static_cast<std::size_t>(sequence.num_published);
       const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(i * kBlockTokens, kBlockTokens);
       store_.Publish(sequence.blocks[i], sequence.keys[i], tokens);
-      if (sequence.num_published < sequence.num_claimed && --claims_[sequence.keys[i]] == 0) claims_.erase(sequence.keys[i]);
+      if (sequence.num_published < sequence.num_claimed && --claims_[sequence.keys[i]] == 0)
+        claims_.erase(sequence.keys[i]);
     }
   }
 }
@@ -278,7 +281,8 @@ void Scheduler::GrowKeys(Sequence& sequence) const {
 void Scheduler::Claim(Sequence& sequence) {
   if (!options_.enable_prefix_caching) return;
   sequence.num_claimed = static_cast<std::int32_t>(sequence.keys.size());
-  for (std::int32_t i = sequence.num_published; i < sequence.num_claimed; ++i) ++claims_[sequence.keys[static_cast<std::size_t>(i)]];
+  for (std::int32_t i = sequence.num_published; i < sequence.num_claimed; ++i)
+    ++claims_[sequence.keys[static_cast<std::size_t>(i)]];
 }
 
 void Scheduler::Unclaim(Sequence& sequence) {

@@ -1,18 +1,21 @@
 #pragma once
 
-// Scheduler: chooses each step's StepPlan under a token and a block budget. No device, no clock, no randomness of its own.
+// Scheduler: chooses each step's StepPlan under a token and a block budget. No device, no clock, no randomness of its
+// own.
 //
 //   waiting  in order of arrival; preempted sequences go to the front
 //   loading  part of the prefix is coming up from a lower tier; holds blocks
 //   ready    it has come (as much of it as was sound); holds blocks
 //   running  in order of admission; holds blocks
 //
-// A step serves decoding sequences first, then running prefills, then ready ones, then admits from waiting. A running sequence
-// that finds no block revokes the newest loads, then preempts the newest runner (itself at last), whose published blocks stay
-// findable, here or below. The oldest runner is never preempted for another, and every accepted sequence fits the pool alone: so
-// some sequence always progresses. A plan is empty only while transfers are about to give blocks back or bring them up.
+// A step serves decoding sequences first, then running prefills, then ready ones, then admits from waiting. A running
+// sequence that finds no block revokes the newest loads, then preempts the newest runner (itself at last), whose
+// published blocks stay findable, here or below. The oldest runner is never preempted for another, and every accepted
+// sequence fits the pool alone: so some sequence always progresses. A plan is empty only while transfers are about to
+// give blocks back or bring them up.
 //
-// Two sequences with the same prefix do not compute it twice: one waits while a running one is about to publish its next block.
+// Two sequences with the same prefix do not compute it twice: one waits while a running one is about to publish its
+// next block.
 //
 // Engine thread only.
 

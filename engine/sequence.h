@@ -5,9 +5,9 @@
 //   tokens  [0, num_prompt) given, [num_prompt, size) sampled and reported
 //   KV      [0, num_published * 16) findable; [.., num_computed) written; [num_computed, blocks * 16) reserved
 //
-// A loading sequence waits for restores of blocks [num_published, blocks). A running sequence computes [num_computed, size); the step that reaches size samples the next token. Preemption sets
-// num_computed to 0 and keeps the tokens: what was sampled is computed again as prompt, never sampled again.
-// Engine thread only.
+// A loading sequence waits for restores of blocks [num_published, blocks). A running sequence computes [num_computed,
+// size); the step that reaches size samples the next token. Preemption sets num_computed to 0 and keeps the tokens:
+// what was sampled is computed again as prompt, never sampled again. Engine thread only.
 
 #include <cstdint>
 #include <memory>

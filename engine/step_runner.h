@@ -1,8 +1,8 @@
 #pragma once
 
-// StepRunner: executes a StepPlan. It lays the step's metadata out in pinned host memory, sends it to the device in one copy,
-// queues the forward pass and the sampling, and brings the results back; one step in flight at a time. Engine thread only, but
-// for `done`, which runs on a device thread.
+// StepRunner: executes a StepPlan. It lays the step's metadata out in pinned host memory, sends it to the device in one
+// copy, queues the forward pass and the sampling, and brings the results back; one step in flight at a time. Engine
+// thread only, but for `done`, which runs on a device thread.
 
 #include <cstdint>
 #include <functional>
@@ -28,7 +28,8 @@ class StepRunner {
   };
 
   // Reserves the model's workspace. `device` and `model` outlive the runner.
-  static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits, bool hash_logits);
+  static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits,
+                                                          bool hash_logits);
 
   // Queues the step. The plan's sequences stay unchanged until done. `done` may only post to a mailbox.
   void Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done);
@@ -60,7 +61,8 @@ class StepRunner {
     std::size_t banned = 0;
   };
 
-  StepRunner(Device& device, Model& model, bool hash_logits) : device_(device), model_(model), hash_logits_(hash_logits) {}
+  StepRunner(Device& device, Model& model, bool hash_logits)
+      : device_(device), model_(model), hash_logits_(hash_logits) {}
   static Layout LayOut(Arena& arena, const Counts& counts);
   static Counts CountsOf(const StepPlan& plan);
   static void Fill(const StepPlan& plan, const Layout& host);

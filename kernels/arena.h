@@ -1,7 +1,7 @@
 #pragma once
 
-// Bump allocator over memory owned elsewhere. With a null base it only counts, so that the code that will allocate also computes
-// how much it needs. Rewound, never freed piecewise. One thread.
+// Bump allocator over memory owned elsewhere. With a null base it only counts, so that the code that will allocate also
+// computes how much it needs. Rewound, never freed piecewise. One thread.
 
 #include <cstddef>
 #include <cstdint>

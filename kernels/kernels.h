@@ -55,8 +55,8 @@ struct EmbedArgs {
 // out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + epsilon) * weight
 // Gathering form: row t of the output reads row rows[t] of x where rows is given (the rows that are sampled).
 struct RmsNormArgs {
-  const float* x = nullptr;       // [*, hidden]
-  const float* weight = nullptr;  // [hidden]
+  const float* x = nullptr;            // [*, hidden]
+  const float* weight = nullptr;       // [hidden]
   const std::int32_t* rows = nullptr;  // [num_rows] or null = 0, 1, 2, ...
   float epsilon = 0;
   std::int64_t num_rows = 0;
@@ -79,11 +79,11 @@ struct GemmArgs {
   float* out = nullptr;  // [num_rows, weight.rows]
 };
 
-// cos_sin[t, i] = cos(a), cos_sin[t, half + i] = sin(a) with a = positions[t] * inverse_frequency[i], computed in double.
-// Once per step; every layer reads it.
+// cos_sin[t, i] = cos(a), cos_sin[t, half + i] = sin(a) with a = positions[t] * inverse_frequency[i], computed in
+// double. Once per step; every layer reads it.
 struct RopeAnglesArgs {
-  const std::int32_t* positions = nullptr;      // [num_tokens]
-  const double* inverse_frequency = nullptr;    // [half], half = rotary dim / 2
+  const std::int32_t* positions = nullptr;    // [num_tokens]
+  const double* inverse_frequency = nullptr;  // [half], half = rotary dim / 2
   std::int64_t num_tokens = 0;
   int half = 0;
   float* cos_sin = nullptr;  // [num_tokens, 2 * half]
@@ -98,8 +98,8 @@ struct KvView {
 // Splits the fused projection, rotates q and k (rotate-half form: pairs (i, i + half)), writes q, and writes K and V
 // rows, rounded to the layout's dtype, into their blocks.
 struct RopeAppendArgs {
-  const float* qkv = nullptr;      // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
-  const float* cos_sin = nullptr;  // [num_tokens, head_dim], as RopeAngles wrote it
+  const float* qkv = nullptr;               // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+  const float* cos_sin = nullptr;           // [num_tokens, head_dim], as RopeAngles wrote it
   const std::int32_t* positions = nullptr;  // [num_tokens]; row in its block = position % 16
   const std::int32_t* blocks = nullptr;     // [num_tokens]: the block that holds this token
   std::int64_t num_tokens = 0;
@@ -113,8 +113,8 @@ struct RopeAppendArgs {
 // Causal attention of each sequence's new tokens over its blocks, its own new tokens included (already appended).
 // Query head h reads kv head h / (num_heads / num_kv_heads).
 //
-// One arithmetic for 1 or 512 query rows (see docs/architecture.md): segments of kSegmentTokens positions, each a partial
-// state (output, max, sum), merged in position order.
+// One arithmetic for 1 or 512 query rows (see docs/architecture.md): segments of kSegmentTokens positions, each a
+// partial state (output, max, sum), merged in position order.
 inline constexpr int kSegmentTokens = 256;
 
 struct AttentionArgs {
@@ -130,7 +130,7 @@ struct AttentionArgs {
   const std::int32_t* first_position = nullptr;  // [num_sequences]: position of its first token row
   const std::int32_t* block_begin = nullptr;     // [num_sequences + 1] into block_table
   const std::int32_t* block_table = nullptr;     // blocks of each sequence in position order
-  std::byte* out = nullptr;  // [num_tokens, num_heads, head_dim] of out_dtype
+  std::byte* out = nullptr;                      // [num_tokens, num_heads, head_dim] of out_dtype
   DType out_dtype = DType::kF32;
 };
 
@@ -145,9 +145,9 @@ struct SiluMulArgs {
 
 // Sampling of one row. docs/sampling.md is the specification that all devices share.
 struct SampleRow {
-  float temperature = 0;  // 0 = greedy
-  float top_p = 1;        // (0, 1]
-  float min_p = 0;        // [0, 1]
+  float temperature = 0;   // 0 = greedy
+  float top_p = 1;         // (0, 1]
+  float min_p = 0;         // [0, 1]
   std::int32_t top_k = 0;  // 0 = all
   std::uint64_t seed = 0;
   std::uint32_t choice = 0;        // Philox counter: which of the n choices

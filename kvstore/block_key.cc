@@ -55,7 +55,8 @@ KeyChain::KeyChain(std::string_view seed) {
   root_ = Sha256(cbor);
 }
 
-BlockKey KeyChain::Next(const BlockKey& parent, std::span<const std::int32_t> tokens, std::string_view cache_salt) const {
+BlockKey KeyChain::Next(const BlockKey& parent, std::span<const std::int32_t> tokens,
+                        std::string_view cache_salt) const {
   SPILLWAY_DCHECK(tokens.size() == kBlockTokens);
   std::string cbor;
   cbor.reserve(128);

@@ -1,8 +1,9 @@
 #pragma once
 
-// BlockKey: the name of a full block's content, chained over everything before it. Equal to vLLM's sha256_cbor block hashes, so
-// that routers which compute those find our blocks: SHA-256 of the canonical CBOR of [parent, [tokens], extra], where the first
-// parent is SHA-256 of the seed as a CBOR text string, and extra is [cache_salt] on the first block of a salted request, else null.
+// BlockKey: the name of a full block's content, chained over everything before it. Equal to vLLM's sha256_cbor block
+// hashes, so that routers which compute those find our blocks: SHA-256 of the canonical CBOR of [parent, [tokens],
+// extra], where the first parent is SHA-256 of the seed as a CBOR text string, and extra is [cache_salt] on the first
+// block of a salted request, else null.
 
 #include <array>
 #include <cstddef>

@@ -40,7 +40,8 @@ class DramTier : public HostTier {
     SPILLWAY_CHECK(slab_.size_bytes >= options.block_bytes * options.num_blocks);
   }
 
-  std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens, WriteCause cause) override {
+  std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens,
+                                     WriteCause cause) override {
     const std::lock_guard lock(mutex_);
     if (index_.Find(key, tokens)) return std::nullopt;
     if (cause == WriteCause::kPublished && options_.store_threshold > 1) {
@@ -141,7 +142,8 @@ class DramTier : public HostTier {
     stats.in_flight = pool_.num_held();
     stats.resident_blocks = static_cast<std::int64_t>(index_.size());
     stats.resident_bytes = stats.resident_blocks * static_cast<std::int64_t>(options_.block_bytes);
-    stats.capacity_bytes = static_cast<std::int64_t>(options_.num_blocks) * static_cast<std::int64_t>(options_.block_bytes);
+    stats.capacity_bytes =
+        static_cast<std::int64_t>(options_.num_blocks) * static_cast<std::int64_t>(options_.block_bytes);
     return stats;
   }
 

@@ -2,10 +2,10 @@
 
 // HostTier: blocks in host DRAM, process-wide, shared by all engines, internally locked.
 //
-// A slot is free, being written, or cached. Cached slots are findable, kept in least-recently-used order while nobody reads them,
-// and evicted for a write. A slot that is being read or written is pinned: its bytes cannot be reused, because its owner still
-// exists. An entry becomes findable only by Commit, after the copy that filled it is done. What is cached here is advisory: a
-// write may be declined, an entry may be gone; a lost one is computed again.
+// A slot is free, being written, or cached. Cached slots are findable, kept in least-recently-used order while nobody
+// reads them, and evicted for a write. A slot that is being read or written is pinned: its bytes cannot be reused,
+// because its owner still exists. An entry becomes findable only by Commit, after the copy that filled it is done. What
+// is cached here is advisory: a write may be declined, an entry may be gone; a lost one is computed again.
 //
 // Where a lower tier is attached, committed blocks are written through to it.
 
@@ -24,7 +24,8 @@ namespace spillway {
 
 class HostTier;
 
-// A pinned slot: move-only; dropping it unpins (and frees the slot, if it was being written). Any thread. The tier outlives it.
+// A pinned slot: move-only; dropping it unpins (and frees the slot, if it was being written). Any thread. The tier
+// outlives it.
 class HostSlot {
  public:
   HostSlot() = default;
@@ -64,7 +65,8 @@ class HostTier {
   virtual ~HostTier() = default;
 
   // A slot to fill with this block. nullopt: declined (known already, seen too rarely, or every slot is pinned).
-  virtual std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens, WriteCause cause) = 0;
+  virtual std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens,
+                                             WriteCause cause) = 0;
   // The slot's bytes are complete. Findable from now on; the returned slot stays pinned for the caller.
   virtual HostSlot Commit(HostSlot slot, const BlockKey& key, std::span<const std::int32_t> tokens) = 0;
 
@@ -77,7 +79,7 @@ class HostTier {
   // DATA_LOSS: the bytes are not those that were committed; the entry is forgotten. OK where checksums are off.
   virtual absl::Status Verify(const HostSlot& slot) = 0;
 
-  virtual void Clear() = 0;  // forgets every cached block that nobody reads
+  virtual void Clear() = 0;         // forgets every cached block that nobody reads
   virtual Tier* lower() const = 0;  // null: none
   virtual TierStats stats() const = 0;
   virtual void CheckInvariants() const = 0;

@@ -9,7 +9,8 @@
 namespace spillway {
 namespace {
 
-// Stores handed to the transfer engine at once. Each holds its block, so this is all that write-through can keep from Take.
+// Stores handed to the transfer engine at once. Each holds its block, so this is all that write-through can keep from
+// Take.
 constexpr std::uint32_t kMaxStoring = 4;
 
 }  // namespace
@@ -19,8 +20,11 @@ absl::StatusOr<std::unique_ptr<KvStore>> KvStore::Make(Device& device, HostTier&
   const std::size_t block_bytes = options.layout.block_bytes();
   ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kDevice, options.num_blocks * block_bytes));
   std::unique_ptr<KvStore> store(new KvStore(std::move(slab), host, options));
-  ASSIGN_OR_RETURN(store->transfers_,
-                   TransferEngine::Make(device, host, {.block_bytes = block_bytes, .before_copy = options.before_copy}, std::move(wake)));
+  ASSIGN_OR_RETURN(
+      store->transfers_,
+      TransferEngine::Make(device, host,
+                           {.block_bytes = block_bytes, .pacing = options.pacing, .before_copy = options.before_copy},
+                           std::move(wake)));
   return store;
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// KvStore: the only type of kvstore/ that the engine sees: the device tier of one engine (a pool of blocks in one slab and the
-// index of those whose content is known) over the host tier that all engines share.
+// KvStore: the only type of kvstore/ that the engine sees: the device tier of one engine (a pool of blocks in one slab
+// and the index of those whose content is known) over the host tier that all engines share.
 //
 //   Match       the longest run of known blocks at the head of a prompt, each held for the caller
 //   Take        a block to write: a free one, else the coldest known one, which is forgotten (evicted)
@@ -48,6 +48,7 @@ struct KvStoreOptions {
   KvLayout layout;
   std::uint32_t num_blocks = 0;
   PrefixCaching caching = PrefixCaching::kOn;
+  LinkPacing pacing;
   std::function<absl::Status(const Transfer&)> before_copy;  // fault injection, see TransferOptions
 };
 
@@ -62,12 +63,12 @@ class KvStore {
   // How many of keys[0], keys[1], ... lower tiers have, up to the first they lack. Advisory.
   std::size_t CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) const;
   std::optional<BlockRef> Take();  // nullopt: every block is held
-  // All 16 rows of every layer are written by work that is done. A key that is known already keeps its first block; this one
-  // then stays private to its holders.
+  // All 16 rows of every layer are written by work that is done. A key that is known already keeps its first block;
+  // this one then stays private to its holders.
   void Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens);
 
-  // A block for `key` and the state of its restore; when that is ready the block is published, when it has failed the block's
-  // content means nothing. nullopt: no block could be taken.
+  // A block for `key` and the state of its restore; when that is ready the block is published, when it has failed the
+  // block's content means nothing. nullopt: no block could be taken.
   struct Restored {
     BlockRef block;
     std::shared_ptr<Restoring> restoring;

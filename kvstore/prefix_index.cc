@@ -17,7 +17,8 @@ bool PrefixIndex::Insert(const BlockKey& key, std::span<const std::int32_t> toke
   Entry entry{.block = block};
   std::ranges::copy(tokens, entry.tokens.begin());
   if (!entries_.try_emplace(key, entry).second) return false;
-  SPILLWAY_CHECK(key_of_.try_emplace(block, key).second) << "block " << static_cast<std::uint32_t>(block) << " has two keys";
+  SPILLWAY_CHECK(key_of_.try_emplace(block, key).second)
+      << "block " << static_cast<std::uint32_t>(block) << " has two keys";
   return true;
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// PrefixIndex: block key -> block of the device tier, with the block's own tokens, compared on every hit. Safety is not left to
-// the hash where certainty costs 64 bytes a block. Engine thread only.
+// PrefixIndex: block key -> block of the device tier, with the block's own tokens, compared on every hit. Safety is not
+// left to the hash where certainty costs 64 bytes a block. Engine thread only.
 
 #include <array>
 #include <cstdint>

@@ -1,8 +1,8 @@
 #pragma once
 
-// Tier: a place below the host tier where the bytes of blocks leave the process (file; later remote). Advisory: it may decline
-// and it may lose, but it never lies: key, tokens, length and checksum are checked on every read, and any doubt is a miss.
-// Asynchronous: `done` runs once, on a thread of the tier, and must not block. No exception crosses.
+// Tier: a place below the host tier where the bytes of blocks leave the process (file; later remote). Advisory: it may
+// decline and it may lose, but it never lies: key, tokens, length and checksum are checked on every read, and any doubt
+// is a miss. Asynchronous: `done` runs once, on a thread of the tier, and must not block. No exception crosses.
 
 #include <cstddef>
 #include <cstdint>
@@ -17,17 +17,17 @@ namespace spillway {
 
 // Counters since start; residency now.
 struct TierStats {
-  std::int64_t hits = 0;        // blocks read and found sound
-  std::int64_t misses = 0;      // blocks asked for and not there
-  std::int64_t declined = 0;    // blocks that were offered and not taken
+  std::int64_t hits = 0;      // blocks read and found sound
+  std::int64_t misses = 0;    // blocks asked for and not there
+  std::int64_t declined = 0;  // blocks that were offered and not taken
   std::int64_t evictions = 0;
   std::int64_t checksum_failures = 0;
-  std::int64_t failures = 0;    // I/O errors
+  std::int64_t failures = 0;  // I/O errors
   std::int64_t read_bytes = 0;
   std::int64_t written_bytes = 0;
   double read_seconds = 0;
   double write_seconds = 0;
-  std::int64_t in_flight = 0;   // operations
+  std::int64_t in_flight = 0;  // operations
   std::int64_t resident_blocks = 0;
   std::int64_t resident_bytes = 0;
   std::int64_t capacity_bytes = 0;
@@ -43,7 +43,8 @@ class Tier {
   // Whether a Get is worth trying. Fast, in memory; the answer may be out of date.
   virtual bool Contains(const BlockKey& key, std::span<const std::int32_t> tokens) const = 0;
 
-  // `bytes` stay alive and unchanged until done. OK also where the block is there already. RESOURCE_EXHAUSTED: declined.
+  // `bytes` stay alive and unchanged until done. OK also where the block is there already. RESOURCE_EXHAUSTED:
+  // declined.
   virtual void Put(const BlockKey& key, std::span<const std::int32_t> tokens, std::span<const std::byte> bytes,
                    std::function<void(absl::Status)> done) = 0;
 

@@ -74,7 +74,8 @@ void TransferEngine::Loop() {
     {
       std::unique_lock lock(mutex_);
       if (in_flight_.empty()) {
-        changed_.wait(lock, [this] { return !restores_.empty() || !stores_.empty() || (is_stopping_ && num_fetching_ == 0); });
+        changed_.wait(
+            lock, [this] { return !restores_.empty() || !stores_.empty() || (is_stopping_ && num_fetching_ == 0); });
         if (is_stopping_ && num_fetching_ == 0) return;
       }
       if (in_flight_.size() < static_cast<std::size_t>(options_.depth) && !is_stopping_) {
@@ -94,6 +95,7 @@ void TransferEngine::Loop() {
       InFlight front = std::move(in_flight_.front());
       in_flight_.pop_front();
       absl::Status status = front.event->Await();
+      AwaitPacedLink(front.begun);
       Complete(std::move(front.transfer), std::move(status), Now() - front.begun);
     }
   }
@@ -151,6 +153,14 @@ void TransferEngine::Fetch(Transfer transfer) {
                --num_fetching_;
                changed_.notify_one();
              });
+}
+
+void TransferEngine::AwaitPacedLink(double begun) {
+  const LinkPacing& pacing = options_.pacing;
+  if (pacing.bytes_per_second <= 0) return;
+  const double cost = pacing.latency_seconds + static_cast<double>(options_.block_bytes) / pacing.bytes_per_second;
+  link_free_at_ = std::max(link_free_at_, begun) + cost;
+  std::this_thread::sleep_for(std::chrono::duration<double>(link_free_at_ - Now()));
 }
 
 void TransferEngine::Complete(Transfer transfer, absl::Status status, double seconds) {

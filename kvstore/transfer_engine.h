@@ -1,10 +1,10 @@
 #pragma once
 
-// TransferEngine: moves blocks between the device tier and the host tier on its own streams and threads, restores before
-// write-through. A transfer owns a reference on both ends until it is over, so neither can be reused under it.
+// TransferEngine: moves blocks between the device tier and the host tier on its own streams and threads, restores
+// before write-through. A transfer owns a reference on both ends until it is over, so neither can be reused under it.
 //
-// One engine thread queues, cancels and collects. Transfers that have not begun can be cancelled; those that have, run to their
-// end. `wake` runs on a transfer thread whenever something was completed; it may only post to a mailbox.
+// One engine thread queues, cancels and collects. Transfers that have not begun can be cancelled; those that have, run
+// to their end. `wake` runs on a transfer thread whenever something was completed; it may only post to a mailbox.
 
 #include <array>
 #include <condition_variable>
@@ -35,10 +35,10 @@ struct Transfer {
   std::uint64_t id = 0;
   BlockKey key;
   PrefixIndex::Tokens tokens{};
-  BlockRef block;                // the device end, held
+  BlockRef block;  // the device end, held
   std::byte* device_bytes = nullptr;
-  HostSlot slot;                 // the host end, pinned; empty for a restore that must be fetched from a lower tier first
-  absl::Status status;           // once completed
+  HostSlot slot;        // the host end, pinned; empty for a restore that must be fetched from a lower tier first
+  absl::Status status;  // once completed
 };
 
 // Sums since start, by kind.
@@ -50,9 +50,17 @@ struct TransferStats {
   double seconds = 0;       // from begin to end, summed
 };
 
+// Makes a copy cost latency + bytes / bandwidth, as on a bus, where the device's link is only a memcpy (the cpu
+// device).
+struct LinkPacing {
+  double bytes_per_second = 0;  // 0: not paced
+  double latency_seconds = 0;
+};
+
 struct TransferOptions {
   std::size_t block_bytes = 0;
   int depth = 2;  // copies queued on a stream at once
+  LinkPacing pacing;
   // Fault injection for tests: on the transfer thread before a copy; a bad status fails the transfer. May block.
   std::function<absl::Status(const Transfer&)> before_copy;
 };
@@ -60,7 +68,8 @@ struct TransferOptions {
 class TransferEngine {
  public:
   // `device` and `host` outlive the engine.
-  static absl::StatusOr<std::unique_ptr<TransferEngine>> Make(Device& device, HostTier& host, const TransferOptions& options,
+  static absl::StatusOr<std::unique_ptr<TransferEngine>> Make(Device& device, HostTier& host,
+                                                              const TransferOptions& options,
                                                               std::function<void()> wake);
   ~TransferEngine();  // waits for what has begun, drops the rest
 
@@ -79,6 +88,7 @@ class TransferEngine {
   void Begin(Transfer transfer, double now);
   void Complete(Transfer transfer, absl::Status status, double seconds);
   void Fetch(Transfer transfer);
+  void AwaitPacedLink(double begun);
 
   struct InFlight {
     Transfer transfer;
@@ -103,6 +113,7 @@ class TransferEngine {
   bool is_stopping_ = false;
 
   std::deque<InFlight> in_flight_;  // transfer thread
+  double link_free_at_ = 0;         // transfer thread: when the paced link has done what it was given
   std::thread thread_;
 };
 

@@ -53,8 +53,10 @@ absl::Status SubmitOne(Engine& engine, SequenceRequest request, Submitted& submi
 TEST(Engine, RefusesWhatCanNeverFit) {
   Rig rig = Rig::Make(Folder(), WithBlocks(4));
   Submitted submitted;
-  EXPECT_EQ(SubmitOne(*rig.engine, MakeRequest(std::vector<std::int32_t>(60, 5), 6), submitted).code(), absl::StatusCode::kOutOfRange);
-  EXPECT_EQ(SubmitOne(*rig.engine, MakeRequest(std::vector<std::int32_t>(250, 5), 7), submitted).code(), absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(SubmitOne(*rig.engine, MakeRequest(std::vector<std::int32_t>(60, 5), 6), submitted).code(),
+            absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(SubmitOne(*rig.engine, MakeRequest(std::vector<std::int32_t>(250, 5), 7), submitted).code(),
+            absl::StatusCode::kOutOfRange);
   // 60 + 5 - 1 rows fill the pool exactly: the last token needs none.
   EXPECT_EQ(rig.RunOne(MakeRequest(std::vector<std::int32_t>(60, 5), 5)).tokens.size(), 5U);
 }
@@ -99,7 +101,9 @@ TEST(Engine, QueueIsBoundedAllOrNone) {
   std::vector<std::unique_ptr<Submitted>> more;
   for (int i = 0; i < 10; ++i) {
     more.push_back(std::make_unique<Submitted>());
-    refused += SubmitOne(*rig.engine, MakeRequest({1}, 2), *more.back()).code() == absl::StatusCode::kResourceExhausted ? 1 : 0;
+    refused += SubmitOne(*rig.engine, MakeRequest({1}, 2), *more.back()).code() == absl::StatusCode::kResourceExhausted
+                   ? 1
+                   : 0;
   }
   EXPECT_GE(refused, 9) << "one may have moved on to run";
   is_armed.store(false);
@@ -214,7 +218,8 @@ TEST(Engine, RefusesAPoolSmallerThanABlock) {
   EngineOptions options;
   options.kv_cache_bytes = 100;
   options.max_model_len = 128;
-  EXPECT_EQ(Engine::Make(*device, *std::move(model), options, nullptr).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Engine::Make(*device, *std::move(model), options, nullptr).status().code(),
+            absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace

@@ -87,13 +87,13 @@ TEST_P(Golden700, GreedyTokensAndLogprobs) {
 
 INSTANTIATE_TEST_SUITE_P(
     Stories260K, Golden700,
-    ::testing::Values(GoldenCase{"hf", "auto", DTypeChoice::kAuto}, GoldenCase{"hf", "reference", DTypeChoice::kAuto},
-                      GoldenCase{"hf", "avx2", DTypeChoice::kAuto}, GoldenCase{"hf", "scalar", DTypeChoice::kAuto},
-                      GoldenCase{"hf-hd64", "auto", DTypeChoice::kAuto}, GoldenCase{"hf-hd128", "auto", DTypeChoice::kAuto},
-                      GoldenCase{"hf-bf16", "auto", DTypeChoice::kAuto}, GoldenCase{"hf-bf16", "avx2", DTypeChoice::kAuto},
-                      GoldenCase{"hf-bf16", "reference", DTypeChoice::kAuto},
-                      GoldenCase{"hf", "auto", DTypeChoice::kBFloat16}, GoldenCase{"hf-hd64", "auto", DTypeChoice::kBFloat16},
-                      GoldenCase{"hf-hd128", "auto", DTypeChoice::kBFloat16}),
+    ::testing::Values(
+        GoldenCase{"hf", "auto", DTypeChoice::kAuto}, GoldenCase{"hf", "reference", DTypeChoice::kAuto},
+        GoldenCase{"hf", "avx2", DTypeChoice::kAuto}, GoldenCase{"hf", "scalar", DTypeChoice::kAuto},
+        GoldenCase{"hf-hd64", "auto", DTypeChoice::kAuto}, GoldenCase{"hf-hd128", "auto", DTypeChoice::kAuto},
+        GoldenCase{"hf-bf16", "auto", DTypeChoice::kAuto}, GoldenCase{"hf-bf16", "avx2", DTypeChoice::kAuto},
+        GoldenCase{"hf-bf16", "reference", DTypeChoice::kAuto}, GoldenCase{"hf", "auto", DTypeChoice::kBFloat16},
+        GoldenCase{"hf-hd64", "auto", DTypeChoice::kBFloat16}, GoldenCase{"hf-hd128", "auto", DTypeChoice::kBFloat16}),
     [](const auto& test) {
       std::string name = std::string(test.param.folder) + "_" + test.param.target +
                          (test.param.dtype == DTypeChoice::kBFloat16 ? "_bfloat16" : "");

@@ -1,6 +1,6 @@
-// The first promise, in its present scope: what a request's logits are does not depend on what runs beside it, on how its prompt
-// is cut into chunks, on the token budget, on preemption, on prefix hits, or on the number of workers. Compared by a hash of
-// every step's logits, bit for bit.
+// The first promise, in its present scope: what a request's logits are does not depend on what runs beside it, on how
+// its prompt is cut into chunks, on the token budget, on preemption, on prefix hits, or on the number of workers.
+// Compared by a hash of every step's logits, bit for bit.
 
 #include <algorithm>
 #include <atomic>
@@ -36,13 +36,22 @@ struct TestModel {
 
 // A seeded random model, long enough for several attention segments.
 TestModel RandomModel(DType dtype) {
-  const std::string folder = ::testing::TempDir() + "spillway_identity_" + std::string(NameOf(dtype)) + "_" + std::to_string(::getpid());
+  const std::string folder =
+      ::testing::TempDir() + "spillway_identity_" + std::string(NameOf(dtype)) + "_" + std::to_string(::getpid());
   static std::once_flag written[2];
   std::call_once(written[dtype == DType::kF32 ? 0 : 1], [&] {
     std::filesystem::create_directories(folder);
-    const absl::Status status =
-        WriteRandomLlama(folder, {.seed = 11, .layers = 2, .hidden = 48, .inner = 112, .heads = 4, .kv_heads = 2, .head_dim = 24,
-                                  .vocab = 288, .max_positions = 1024, .dtype = dtype, .tied = false});
+    const absl::Status status = WriteRandomLlama(folder, {.seed = 11,
+                                                          .layers = 2,
+                                                          .hidden = 48,
+                                                          .inner = 112,
+                                                          .heads = 4,
+                                                          .kv_heads = 2,
+                                                          .head_dim = 24,
+                                                          .vocab = 288,
+                                                          .max_positions = 1024,
+                                                          .dtype = dtype,
+                                                          .tied = false});
     SPILLWAY_CHECK(status.ok()) << status;
   });
   return {.folder = folder, .vocab = 288, .longest = 600};
@@ -126,7 +135,8 @@ class Identity : public ::testing::TestWithParam<IdentityCase> {
  protected:
   void SetUp() override {
     device_.target = GetParam().target;
-    if (absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_); !device.ok()) GTEST_SKIP() << device.status();
+    if (absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_); !device.ok())
+      GTEST_SKIP() << device.status();
     const std::string name = GetParam().model;
     if (name == "stories260K") {
       SPILLWAY_SHARED_OR_SKIP(root, "models/stories260K");
@@ -135,7 +145,8 @@ class Identity : public ::testing::TestWithParam<IdentityCase> {
       model_ = RandomModel(name == "random_f32" ? DType::kF32 : DType::kBF16);
     }
   }
-  std::vector<Collected> RunWith(const EngineOptions& options, const CpuDeviceOptions& device, CountingObserver* observer = nullptr) {
+  std::vector<Collected> RunWith(const EngineOptions& options, const CpuDeviceOptions& device,
+                                 CountingObserver* observer = nullptr) {
     Rig rig = Rig::Make(model_.folder, options, device, model_.dtype, observer);
     return rig.Run(Workload(model_));
   }
@@ -212,10 +223,13 @@ class HandDriven {
     model_ = *Model::Load(model.folder, model.dtype, *device_, nullptr);
     const KvLayout layout = model_->kv_layout();
     store_ = *KvStore::Make(
-        *device_, *host_, {.layout = layout, .num_blocks = kBlocks, .caching = PrefixCaching::kOff, .before_copy = nullptr}, [] {});
-    runner_ = *StepRunner::Make(*device_, *model_,
-                                {.max_tokens = 1024, .max_sequences = 1, .max_blocks_per_sequence = 64, .max_banned_per_sequence = 8},
-                                /*hash_logits=*/true);
+        *device_, *host_,
+        {.layout = layout, .num_blocks = kBlocks, .caching = PrefixCaching::kOff, .pacing = {}, .before_copy = nullptr},
+        [] {});
+    runner_ = *StepRunner::Make(
+        *device_, *model_,
+        {.max_tokens = 1024, .max_sequences = 1, .max_blocks_per_sequence = 64, .max_banned_per_sequence = 8},
+        /*hash_logits=*/true);
   }
 
   // Computes the next `count` known tokens of the sequence.
@@ -242,7 +256,8 @@ class HandDriven {
       for (int head = 0; head < layout.num_kv_heads; ++head) {
         for (std::int32_t position = 0; position < sequence.num_computed; ++position) {
           const std::byte* row = BlockAt(sequence.blocks[static_cast<std::size_t>(position / kBlockTokens)].id()) +
-                                 layout.strip_offset(layer, head) + static_cast<std::size_t>(position % kBlockTokens) * layout.row_bytes();
+                                 layout.strip_offset(layer, head) +
+                                 static_cast<std::size_t>(position % kBlockTokens) * layout.row_bytes();
           bytes.insert(bytes.end(), row, row + layout.row_bytes());
         }
       }
@@ -266,7 +281,8 @@ class HandDriven {
 Sequence SequenceOf(std::int32_t length, std::int32_t vocab) {
   Sequence sequence;
   std::mt19937 random(3);
-  for (std::int32_t i = 0; i < length; ++i) sequence.tokens.push_back(static_cast<std::int32_t>(random() % static_cast<unsigned>(vocab)));
+  for (std::int32_t i = 0; i < length; ++i)
+    sequence.tokens.push_back(static_cast<std::int32_t>(random() % static_cast<unsigned>(vocab)));
   sequence.num_prompt = length;
   sequence.request.sampling.temperature = 0;
   return sequence;
@@ -322,13 +338,15 @@ TEST(PlantedFault, ZeroedRowIsCaught) {
   Sequence faulty = SequenceOf(65, model.vocab);
   driver.Step(faulty, 64);
   const KvLayout layout{.num_layers = 2, .num_kv_heads = 2, .head_dim = 24, .dtype = DType::kF32};
-  std::memset(driver.BlockAt(faulty.blocks[2].id()) + layout.strip_offset(1, 1) + 5 * layout.row_bytes(), 0, layout.row_bytes());
+  std::memset(driver.BlockAt(faulty.blocks[2].id()) + layout.strip_offset(1, 1) + 5 * layout.row_bytes(), 0,
+              layout.row_bytes());
   EXPECT_NE(driver.Step(faulty, 1).logits_hash, expected);
   KvStore::Release(sound.blocks);
   KvStore::Release(faulty.blocks);
 }
 
-// The device holds its work back until the engine has already read the results: only a removed wait lets the engine get there.
+// The device holds its work back until the engine has already read the results: only a removed wait lets the engine get
+// there.
 TEST(PlantedFault, RemovedEventWaitIsCaught) {
 #ifdef __SANITIZE_THREAD__
   GTEST_SKIP() << "races by design; the deliberate_race test covers the report";

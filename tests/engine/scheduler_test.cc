@@ -40,6 +40,7 @@ class World {
                               {.layout = kTinyLayout,
                                .num_blocks = pool,
                                .caching = caching ? PrefixCaching::kOn : PrefixCaching::kOff,
+                               .pacing = {},
                                .before_copy = nullptr},
                               [] {})),
         scheduler_(*store_, chain_,
@@ -49,11 +50,13 @@ class World {
                     .enable_prefix_caching = caching},
                    nullptr) {}
 
-  void Submit(const std::string& name, std::int32_t prompt, std::int32_t out, const std::string& same, std::int32_t shared) {
+  void Submit(const std::string& name, std::int32_t prompt, std::int32_t out, const std::string& same,
+              std::int32_t shared) {
     auto sequence = std::make_unique<Sequence>();
     sequence->request.id = next_id_++;
     sequence->request.sampling.max_tokens = out;
-    for (std::int32_t i = 0; i < prompt; ++i) sequence->tokens.push_back(static_cast<std::int32_t>(next_id_) * 10'000 + i);
+    for (std::int32_t i = 0; i < prompt; ++i)
+      sequence->tokens.push_back(static_cast<std::int32_t>(next_id_) * 10'000 + i);
     for (std::int32_t i = 0; i < shared; ++i) {
       sequence->tokens[static_cast<std::size_t>(i)] = prompts_.at(same)[static_cast<std::size_t>(i)];
     }
@@ -183,7 +186,9 @@ std::vector<std::string> Scenarios() {
 
 class SchedulerScenario : public ::testing::TestWithParam<std::string> {};
 
-TEST_P(SchedulerScenario, Holds) { RunScenario(absl::StrCat(SPILLWAY_SOURCE_DIR "/tests/engine/scenarios/", GetParam(), ".txt")); }
+TEST_P(SchedulerScenario, Holds) {
+  RunScenario(absl::StrCat(SPILLWAY_SOURCE_DIR "/tests/engine/scenarios/", GetParam(), ".txt"));
+}
 
 INSTANTIATE_TEST_SUITE_P(Scheduler, SchedulerScenario, ::testing::ValuesIn(Scenarios()),
                          [](const auto& test) { return test.param; });

@@ -1,5 +1,5 @@
-// The first promise: with tiers on, off, tiny or huge, under eviction storms, preemption, aborts and faults of cached copies,
-// every step's logits are the same bits, and nothing leaks.
+// The first promise: with tiers on, off, tiny or huge, under eviction storms, preemption, aborts and faults of cached
+// copies, every step's logits are the same bits, and nothing leaks.
 
 #include <algorithm>
 #include <atomic>
@@ -32,17 +32,24 @@ const std::string& Folder() {
   static const std::string folder = [] {
     std::string path = ::testing::TempDir() + "spillway_tiers_" + std::to_string(::getpid());
     std::filesystem::create_directories(path);
-    const absl::Status status =
-        WriteRandomLlama(path, {.seed = 21, .layers = 2, .hidden = 48, .inner = 96, .heads = 4, .kv_heads = 2, .head_dim = 16,
-                                .vocab = 288, .max_positions = kMaxModelLen, .dtype = DType::kBF16});
+    const absl::Status status = WriteRandomLlama(path, {.seed = 21,
+                                                        .layers = 2,
+                                                        .hidden = 48,
+                                                        .inner = 96,
+                                                        .heads = 4,
+                                                        .kv_heads = 2,
+                                                        .head_dim = 16,
+                                                        .vocab = 288,
+                                                        .max_positions = kMaxModelLen,
+                                                        .dtype = DType::kBF16});
     SPILLWAY_CHECK(status.ok()) << status;
     return path;
   }();
   return folder;
 }
 
-// Three rounds of conversations: each turn repeats all that was said before. Some prompts are nearly as long as a sequence may be,
-// some come as three choices, and some are aborted after a few tokens.
+// Three rounds of conversations: each turn repeats all that was said before. Some prompts are nearly as long as a
+// sequence may be, some come as three choices, and some are aborted after a few tokens.
 struct Turn {
   SequenceRequest request;
   std::size_t abort_after = 0;  // tokens; 0: never
@@ -96,7 +103,8 @@ std::vector<Collected> RunRounds(Rig& rig) {
     for (Turn& turn : round) {
       auto sink = std::make_shared<CollectingSink>();
       if (turn.abort_after > 0) {
-        sink->on_token = [engine = rig.engine.get(), id = turn.request.id, after = turn.abort_after](const Collected& so_far) {
+        sink->on_token = [engine = rig.engine.get(), id = turn.request.id,
+                          after = turn.abort_after](const Collected& so_far) {
           if (so_far.tokens.size() == after) engine->Cancel(id);
         };
       }
@@ -145,7 +153,8 @@ void ExpectIdentical(const std::vector<Collected>& actual) {
   }
 }
 
-// Makes a prompt's blocks leave the device tier and come back, whatever the timing of write-through: false if that changed a bit.
+// Makes a prompt's blocks leave the device tier and come back, whatever the timing of write-through: false if that
+// changed a bit.
 bool ForceRestore(Rig& rig) {
   static std::int32_t next = 0;
   const auto prompt = [](std::int32_t of) {
@@ -168,14 +177,16 @@ EngineOptions Pool(std::int64_t blocks, std::int32_t chunk) {
   return options;
 }
 
-std::unique_ptr<HostTier> MakeHost(Device& device, const KvLayout& layout, std::uint32_t blocks, HostTierOptions options = {}) {
+std::unique_ptr<HostTier> MakeHost(Device& device, const KvLayout& layout, std::uint32_t blocks,
+                                   HostTierOptions options = {}) {
   options.block_bytes = layout.block_bytes();
   options.num_blocks = blocks;
   return MakeHostTier(*device.Allocate(MemoryKind::kPinnedHost, blocks * layout.block_bytes()), options);
 }
 
 Rig::MakeHost HostOf(std::uint32_t blocks, HostTierOptions options = {}) {
-  return [blocks, options](Device& device, const KvLayout& layout) { return MakeHost(device, layout, blocks, options); };
+  return
+      [blocks, options](Device& device, const KvLayout& layout) { return MakeHost(device, layout, blocks, options); };
 }
 
 struct TierCase {
@@ -216,7 +227,8 @@ std::vector<TierCase> Cases() {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engine, Tiers, ::testing::ValuesIn(Cases()), [](const auto& test) {
-  return "pool" + std::to_string(test.param.pool) + "_chunk" + std::to_string(test.param.chunk) + "_host" + std::to_string(test.param.host);
+  return "pool" + std::to_string(test.param.pool) + "_chunk" + std::to_string(test.param.chunk) + "_host" +
+         std::to_string(test.param.host);
 });
 
 // Cached copies that are lost, corrupted, or come late. Wraps the real tier through the interface that production uses.
@@ -225,7 +237,8 @@ class FaultyHostTier : public HostTier {
   FaultyHostTier(std::unique_ptr<HostTier> real, std::size_t block_bytes, std::uint64_t offset)
       : real_(std::move(real)), block_bytes_(block_bytes), offset_(offset) {}
 
-  std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens, WriteCause cause) override {
+  std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens,
+                                     WriteCause cause) override {
     if (num_writes_.fetch_add(1) % 10 == 9) return std::nullopt;
     return real_->BeginWrite(key, tokens, cause);
   }
@@ -243,7 +256,9 @@ class FaultyHostTier : public HostTier {
     return found;
   }
   bool Touch(const BlockKey& key, std::span<const std::int32_t> tokens) override { return real_->Touch(key, tokens); }
-  bool Contains(const BlockKey& key, std::span<const std::int32_t> tokens) const override { return real_->Contains(key, tokens); }
+  bool Contains(const BlockKey& key, std::span<const std::int32_t> tokens) const override {
+    return real_->Contains(key, tokens);
+  }
   absl::Status Verify(const HostSlot& slot) override { return real_->Verify(slot); }
   void Clear() override { real_->Clear(); }
   Tier* lower() const override { return real_->lower(); }
@@ -275,11 +290,13 @@ TEST(TierFaults, LostCorruptedFailedAndLateCopiesChangeNothing) {
       if (random() % 100 < 5) std::this_thread::sleep_for(std::chrono::milliseconds(2));  // a late copy
       return random() % 100 < 10 ? absl::InternalError("injected") : absl::OkStatus();
     };
-    Rig rig = Rig::Make(Folder(), options, {}, DTypeChoice::kAuto, nullptr, [&](Device& device, const KvLayout& layout) {
-      auto wrapped = std::make_unique<FaultyHostTier>(MakeHost(device, layout, 300, {.verify = KvVerify::kOn}), layout.block_bytes(), seed);
-      faulty = wrapped.get();
-      return wrapped;
-    });
+    Rig rig =
+        Rig::Make(Folder(), options, {}, DTypeChoice::kAuto, nullptr, [&](Device& device, const KvLayout& layout) {
+          auto wrapped = std::make_unique<FaultyHostTier>(MakeHost(device, layout, 300, {.verify = KvVerify::kOn}),
+                                                          layout.block_bytes(), seed);
+          faulty = wrapped.get();
+          return wrapped;
+        });
     ExpectIdentical(RunRounds(rig));
     for (int i = 0; i < 6; ++i) ForceRestore(rig);
     rig.engine.reset();
@@ -292,9 +309,10 @@ TEST(TierFaults, LostCorruptedFailedAndLateCopiesChangeNothing) {
 
 // The same corruption without checksums must be seen by the comparison, or the comparison would prove nothing.
 TEST(PlantedFault, CorruptedCopyWithoutVerifyIsCaught) {
-  Rig rig = Rig::Make(Folder(), Pool(9, 64), {}, DTypeChoice::kAuto, nullptr, [&](Device& device, const KvLayout& layout) {
-    return std::make_unique<FaultyHostTier>(MakeHost(device, layout, 300), layout.block_bytes(), 1);
-  });
+  Rig rig =
+      Rig::Make(Folder(), Pool(9, 64), {}, DTypeChoice::kAuto, nullptr, [&](Device& device, const KvLayout& layout) {
+        return std::make_unique<FaultyHostTier>(MakeHost(device, layout, 300), layout.block_bytes(), 1);
+      });
   bool differs = false;
   for (int i = 0; i < 12 && !differs; ++i) differs = !ForceRestore(rig);
   EXPECT_TRUE(differs);

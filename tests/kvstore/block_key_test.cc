@@ -26,7 +26,8 @@ TEST(BlockKey, EqualsVllmSha256Cbor) {
   EXPECT_EQ(Hex(chain.root()), "4e1195df020de59e0d65a33a4279f1183e7ae4e5d980e309f8b55adff2e61c3e");
   const BlockKey first = chain.Next(chain.root(), OneTo16(), "");
   EXPECT_EQ(Hex(first), "202da172482d928bbc42ab25b0151e2b895f13f41002e27b2ceabcfae6d332ea");
-  const std::vector<std::int32_t> widths = {0, 23, 24, 255, 256, 65535, 65536, 128255, 0, 23, 24, 255, 256, 65535, 65536, 128255};
+  const std::vector<std::int32_t> widths = {0, 23, 24, 255, 256, 65535, 65536, 128255,
+                                            0, 23, 24, 255, 256, 65535, 65536, 128255};
   EXPECT_EQ(Hex(chain.Next(first, widths, "")), "d966b1ce0382e544f5a442e6fc6e7dea608fba659138e2a6593d26e71380cbe7");
 }
 
@@ -37,9 +38,7 @@ TEST(BlockKey, SaltCountsOnTheFirstBlockOnly) {
   EXPECT_EQ(chain.Next(salted, OneTo16(), "salt"), chain.Next(salted, OneTo16(), ""));
 }
 
-TEST(BlockKey, SeedSeparatesChains) {
-  EXPECT_NE(KeyChain("0").root(), KeyChain("1").root());
-}
+TEST(BlockKey, SeedSeparatesChains) { EXPECT_NE(KeyChain("0").root(), KeyChain("1").root()); }
 
 }  // namespace
 }  // namespace spillway

@@ -17,22 +17,27 @@ constexpr KvLayout kTinyLayout{.num_layers = 1, .num_kv_heads = 1, .head_dim = 2
 class KvStoreTest : public ::testing::Test {
  protected:
   std::unique_ptr<KvStore> MakeStore(std::uint32_t num_blocks, PrefixCaching caching = PrefixCaching::kOn) {
-    return *KvStore::Make(*device_, *host_,
-                          {.layout = kTinyLayout, .num_blocks = num_blocks, .caching = caching, .before_copy = nullptr}, [] {});
+    return *KvStore::Make(
+        *device_, *host_,
+        {.layout = kTinyLayout, .num_blocks = num_blocks, .caching = caching, .pacing = {}, .before_copy = nullptr},
+        [] {});
   }
   // `count` blocks of tokens, all derived from `seed`, and their keys.
   void Name(std::int32_t seed, int count, std::vector<std::int32_t>& tokens, std::vector<BlockKey>& keys) const {
     for (int i = 0; i < count * kBlockTokens; ++i) tokens.push_back(seed * 1000 + i);
     for (int i = 0; i < count; ++i) {
-      keys.push_back(chain_.Next(i == 0 ? chain_.root() : keys.back(),
-                                 std::span<const std::int32_t>(tokens).subspan(static_cast<std::size_t>(i) * kBlockTokens, kBlockTokens), ""));
+      keys.push_back(chain_.Next(
+          i == 0 ? chain_.root() : keys.back(),
+          std::span<const std::int32_t>(tokens).subspan(static_cast<std::size_t>(i) * kBlockTokens, kBlockTokens), ""));
     }
   }
-  std::vector<BlockRef> TakeAndPublish(KvStore& store, const std::vector<std::int32_t>& tokens, const std::vector<BlockKey>& keys) {
+  std::vector<BlockRef> TakeAndPublish(KvStore& store, const std::vector<std::int32_t>& tokens,
+                                       const std::vector<BlockKey>& keys) {
     std::vector<BlockRef> blocks;
     for (std::size_t i = 0; i < keys.size(); ++i) {
       blocks.push_back(*store.Take());
-      store.Publish(blocks.back(), keys[i], std::span<const std::int32_t>(tokens).subspan(i * kBlockTokens, kBlockTokens));
+      store.Publish(blocks.back(), keys[i],
+                    std::span<const std::int32_t>(tokens).subspan(i * kBlockTokens, kBlockTokens));
     }
     return blocks;
   }
@@ -106,8 +111,8 @@ TEST_F(KvStoreTest, EvictColdForgetsOnlyWhatNobodyHolds) {
   EXPECT_EQ(store.Match(keys, tokens).size(), 1U);
 }
 
-// Random operations beside a model made of maps: what Match finds must have been published with those tokens and not been
-// evicted; a block never has two owners that both write it.
+// Random operations beside a model made of maps: what Match finds must have been published with those tokens and not
+// been evicted; a block never has two owners that both write it.
 TEST_F(KvStoreTest, AgreesWithAModelOverRandomOperations) {
   const std::uint64_t seed = std::random_device{}();
   SCOPED_TRACE(seed);
@@ -121,7 +126,8 @@ TEST_F(KvStoreTest, AgreesWithAModelOverRandomOperations) {
     std::vector<BlockKey> keys;
   };
   std::vector<Prefix> prefixes(kPrefixes);
-  for (int i = 0; i < kPrefixes; ++i) Name(i % 3, 2 + i, prefixes[static_cast<std::size_t>(i)].tokens, prefixes[static_cast<std::size_t>(i)].keys);
+  for (int i = 0; i < kPrefixes; ++i)
+    Name(i % 3, 2 + i, prefixes[static_cast<std::size_t>(i)].tokens, prefixes[static_cast<std::size_t>(i)].keys);
   std::map<BlockId, std::pair<int, std::size_t>> content;  // what was last published in a block: seed and index
   std::vector<std::vector<BlockRef>> holders;
   for (int step = 0; step < 20'000; ++step) {

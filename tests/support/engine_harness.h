@@ -86,7 +86,8 @@ struct Rig {
   using MakeHost = std::function<std::unique_ptr<HostTier>(Device&, const KvLayout&)>;
 
   static Rig Make(const std::string& folder, EngineOptions options, const CpuDeviceOptions& device_options = {},
-                  DTypeChoice dtype = DTypeChoice::kAuto, EngineObserver* observer = nullptr, const MakeHost& make_host = nullptr) {
+                  DTypeChoice dtype = DTypeChoice::kAuto, EngineObserver* observer = nullptr,
+                  const MakeHost& make_host = nullptr) {
     Rig rig;
     absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_options);
     SPILLWAY_CHECK(device.ok()) << device.status();
