@@ -76,6 +76,10 @@ void LogReady(const Options& options, const EngineHost& host, const Frontends& f
   fields.emplace_back("max_model_len", fmt::format("{}", engine.options().max_model_len));
   fields.emplace_back("kv_cache", ShowSize(engine.options().kv_cache_bytes));
   fields.emplace_back("capacity_tokens", fmt::format("{}", engine.capacity_tokens()));
+  const TierStats tier = engine.options().host_tier->stats();
+  const auto block_bytes = static_cast<std::int64_t>(engine.model().kv_layout().block_bytes());
+  fields.emplace_back("host_tier", ShowSize(tier.capacity_bytes));
+  fields.emplace_back("host_tier_tokens", fmt::format("{}", tier.capacity_bytes / block_bytes * kBlockTokens));
   fields.emplace_back("seconds", fmt::format("{:.3f}", absl::ToDoubleSeconds(absl::Now() - begin)));
   Log(LogLevel::kInfo, "ready", fields);
 }

@@ -74,6 +74,33 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Options& options, const s
   return model;
 }
 
+// A tier of less than one block is none.
+absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
+                                                   std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
+                                                   const KvLayout& layout) {
+  const bool is_default = choice.kv_offloading_size < 0;
+  const std::int64_t bytes = is_default ? DefaultHostTierBytes(memory, weight_bytes) : choice.kv_offloading_size;
+  const auto num_blocks = static_cast<std::uint64_t>(bytes) / layout.block_bytes();
+  if (num_blocks == 0) return MakeNullHostTier();
+  std::int64_t room = memory.available_bytes;
+  if (memory.cgroup_limit_bytes) room = std::min(room, *memory.cgroup_limit_bytes - weight_bytes);
+  if (bytes > room) {
+    return absl::InvalidArgumentError(
+        fmt::format("--kv-offloading-size: {} do not fit the {} of memory that this process may still take",
+                    ShowSize(bytes), ShowSize(std::max<std::int64_t>(room, 0))));
+  }
+  if (bytes <= device_bytes) {
+    Log(LogLevel::kWarning, "the host tier is not larger than the device's KV cache, so it can only mirror it",
+        {{"host_tier", ShowSize(bytes)}, {"kv_cache", ShowSize(device_bytes)}});
+  }
+  ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kPinnedHost, num_blocks * layout.block_bytes()));
+  return MakeHostTier(std::move(slab),
+                      {.block_bytes = layout.block_bytes(),
+                       .num_blocks = static_cast<std::uint32_t>(std::min<std::uint64_t>(num_blocks, 0x7fffffff)),
+                       .store_threshold = static_cast<int>(choice.kv_store_threshold),
+                       .verify = choice.kv_verify ? KvVerify::kOn : KvVerify::kOff});
+}
+
 }  // namespace
 
 absl::StatusOr<Capacity> PlanCapacity(const CapacityRequest& request) {
@@ -109,10 +136,11 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model, LoadModel(options, host.folder, *host.device));
 
   const auto weight_bytes = static_cast<std::int64_t>(model->weight_bytes());
+  const MachineMemory memory = ReadMachineMemory();
   ASSIGN_OR_RETURN(const Capacity capacity,
                    PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
                                  .max_model_len = options.model.max_model_len,
-                                 .default_kv_cache_bytes = DefaultKvCacheBytes(ReadMachineMemory(), weight_bytes),
+                                 .default_kv_cache_bytes = DefaultKvCacheBytes(memory, weight_bytes),
                                  .block_bytes = static_cast<std::int64_t>(model->kv_layout().block_bytes()),
                                  .max_positions = model->config().max_positions}));
   if (options.model.max_model_len == 0 && capacity.max_model_len < model->config().max_positions) {
@@ -136,6 +164,11 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;
   engine.prefix_hash_seed = options.cache.prefix_hash_seed;
   engine.stall_timeout = absl::Seconds(options.life.engine_stall_timeout);
+  ASSIGN_OR_RETURN(host.host_tier, MakeHost(options.cache, memory, weight_bytes, capacity.kv_cache_bytes, *host.device,
+                                            model->kv_layout()));
+  engine.host_tier = host.host_tier.get();
+  engine.link_bytes_per_second = static_cast<double>(options.cache.cpu_link_bandwidth);
+  engine.link_latency_seconds = options.cache.cpu_link_latency;
   ASSIGN_OR_RETURN(host.engine, Engine::Make(*host.device, std::move(model), engine, host.metrics.get()));
   host.metrics->Attach(*host.engine);
   host.service = Service::Make(*host.engine, *host.tokenizer, service);

@@ -9,6 +9,7 @@
 #include "engine/engine.h"
 #include "engine/tokenizer.h"
 #include "kernels/device.h"
+#include "kvstore/host_tier.h"
 #include "server/chat_template.h"
 #include "server/metrics.h"
 #include "server/options.h"
@@ -23,6 +24,7 @@ struct EngineHost {
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;
   std::unique_ptr<Metrics> metrics;
+  std::unique_ptr<HostTier> host_tier;
   std::unique_ptr<Engine> engine;
   std::unique_ptr<Service> service;
 };

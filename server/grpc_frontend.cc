@@ -24,7 +24,8 @@ constexpr int kLeastPingIntervalMs = 5'000;  // clients that ping more often are
 // vllm.Control: what is built of it, and only with the admin key.
 class ControlCalls final : public vllm::Control::CallbackService {
  public:
-  ControlCalls(spillway::Service& service, std::string admin_key) : service_(service), admin_key_(std::move(admin_key)) {
+  ControlCalls(spillway::Service& service, std::string admin_key)
+      : service_(service), admin_key_(std::move(admin_key)) {
     std::random_device entropy;
     instance_id_ = fmt::format("{:08x}{:08x}", entropy(), entropy());
   }

@@ -65,12 +65,24 @@ MachineMemory ReadMachineMemory(const std::string& root) {
   return memory;
 }
 
-std::int64_t DefaultKvCacheBytes(const MachineMemory& memory, std::int64_t weight_bytes) {
+namespace {
+
+std::int64_t BytesForKv(const MachineMemory& memory, std::int64_t weight_bytes) {
   std::int64_t bytes = memory.available_bytes / 4;
   if (memory.cgroup_limit_bytes) {
     bytes = std::min(bytes, *memory.cgroup_limit_bytes - weight_bytes - (std::int64_t{2} << 30));
   }
-  return std::max<std::int64_t>(bytes, 0) / 8;
+  return std::max<std::int64_t>(bytes, 0);
+}
+
+}  // namespace
+
+std::int64_t DefaultKvCacheBytes(const MachineMemory& memory, std::int64_t weight_bytes) {
+  return BytesForKv(memory, weight_bytes) / 8;
+}
+
+std::int64_t DefaultHostTierBytes(const MachineMemory& memory, std::int64_t weight_bytes) {
+  return BytesForKv(memory, weight_bytes) - DefaultKvCacheBytes(memory, weight_bytes);
 }
 
 }  // namespace spillway

@@ -19,5 +19,6 @@ MachineMemory ReadMachineMemory(const std::string& root = "");
 // An eighth of min(25 % of available memory, cgroup limit less weights and 2 GiB); never negative. The rest of that
 // minimum is the host tier's.
 std::int64_t DefaultKvCacheBytes(const MachineMemory& memory, std::int64_t weight_bytes);
+std::int64_t DefaultHostTierBytes(const MachineMemory& memory, std::int64_t weight_bytes);
 
 }  // namespace spillway

@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/model.h"
+#include "kvstore/host_tier.h"
 
 namespace spillway {
 namespace {
@@ -56,6 +57,10 @@ class PrometheusMetrics : public Metrics {
         kv_usage_(MakeGauge("vllm:kv_cache_usage_perc", "Share of KV blocks held by sequences, 0 to 1.")),
         prefix_queries_(MakeCounter("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.")),
         prefix_hits_(MakeCounter("vllm:prefix_cache_hits_total", "Tokens found in the prefix cache.")),
+        external_queries_(
+            MakeCounter("vllm:external_prefix_cache_queries_total", "Tokens looked up below the device tier.")),
+        external_hits_(MakeCounter("vllm:external_prefix_cache_hits_total",
+                                   "Tokens found below the device tier, to be restored.")),
         preemptions_(MakeCounter("vllm:num_preemptions_total", "Sequences preempted.")),
         prompt_tokens_(MakeCounter("vllm:prompt_tokens_total", "Prompt tokens of sequences that were prefilled.")),
         prompt_computed_(MakeCounter("vllm:prompt_tokens_by_source_total", kBySource, {{"source", "local_compute"}})),
@@ -97,6 +102,10 @@ class PrometheusMetrics : public Metrics {
   void OnPrefixQuery(std::int64_t queried_tokens, std::int64_t hit_tokens) override {
     prefix_queries_.Increment(static_cast<double>(queried_tokens));
     prefix_hits_.Increment(static_cast<double>(hit_tokens));
+  }
+  void OnPrefixQueryBelow(std::int64_t queried_tokens, std::int64_t hit_tokens) override {
+    external_queries_.Increment(static_cast<double>(queried_tokens));
+    external_hits_.Increment(static_cast<double>(hit_tokens));
   }
   void OnFirstToken(double seconds_since_submit) override { first_token_.Observe(seconds_since_submit); }
   void OnInterToken(double seconds) override { inter_token_.Observe(seconds); }
@@ -175,12 +184,41 @@ class PrometheusMetrics : public Metrics {
         waiting_.Set(status.num_waiting);
         waiting_capacity_.Set(status.num_waiting);
         kv_usage_.Set(status.kv_usage);
+        if (engine_->options().host_tier != nullptr) ShowHostTier(status, engine_->options().host_tier->stats());
       }
     }
     return prometheus::TextSerializer().Serialize(registry_.Collect());
   }
 
  private:
+  // Counters that are kept where the event happens and read when scraped.
+  void SetCounter(const std::string& name, const std::string& help, double value, const Labels& more = {}) {
+    Counter& counter = MakeCounter(name, help, more);
+    counter.Increment(std::max(0.0, value - counter.Value()));
+  }
+  void ShowHostTier(const EngineStatus& status, const TierStats& tier) {
+    const Labels host = {{"tier", "host"}};
+    const auto number = [](std::int64_t value) { return static_cast<double>(value); };
+    SetCounter("spillway_kv_hits_total", "Blocks found in a tier.", number(tier.hits), host);
+    SetCounter("spillway_kv_misses_total", "Blocks asked of a tier that it lacked.", number(tier.misses), host);
+    SetCounter("spillway_kv_declined_total", "Blocks offered to a tier and not taken.", number(tier.declined), host);
+    SetCounter("spillway_kv_evictions_total", "Blocks evicted from a tier.", number(tier.evictions), host);
+    SetCounter("spillway_kv_checksum_failures_total", "Blocks found changed.", number(tier.checksum_failures), host);
+    SetCounter("spillway_kv_read_bytes_total", "Bytes restored from a tier.", number(status.restored_bytes), host);
+    SetCounter("spillway_kv_read_seconds_total", "Time of restores, summed.", status.restore_seconds, host);
+    SetCounter("spillway_kv_written_bytes_total", "Bytes stored in a tier.", number(status.stored_bytes), host);
+    SetCounter("spillway_kv_write_seconds_total", "Time of stores, summed.", status.store_seconds, host);
+    MakeGauge("spillway_kv_resident_blocks", "Blocks in a tier.", host).Set(number(tier.resident_blocks));
+    MakeGauge("spillway_kv_resident_bytes", "Bytes in a tier.", host).Set(number(tier.resident_bytes));
+    MakeGauge("spillway_kv_capacity_bytes", "Bytes a tier can hold.", host).Set(number(tier.capacity_bytes));
+    MakeGauge("spillway_kv_in_flight_blocks", "Blocks of a tier being read or written.", host)
+        .Set(number(tier.in_flight));
+    SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.", number(status.restored_bytes));
+    SetCounter("vllm:kv_offload_load_time_total", "Seconds of loads, summed.", status.restore_seconds);
+    SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.", number(status.stored_bytes));
+    SetCounter("vllm:kv_offload_store_time_total", "Seconds of stores, summed.", status.store_seconds);
+  }
+
   static constexpr char kByReason[] = "Sequences waiting, by reason.";
   static constexpr char kBySource[] = "Prompt tokens by where their KV came from.";
   static constexpr std::array<const char*, 4> kReasons = {"stop", "length", "abort", "error"};  // as FinishReason
@@ -215,6 +253,8 @@ class PrometheusMetrics : public Metrics {
   Gauge& kv_usage_;
   Counter& prefix_queries_;
   Counter& prefix_hits_;
+  Counter& external_queries_;
+  Counter& external_hits_;
   Counter& preemptions_;
   Counter& prompt_tokens_;
   Counter& prompt_computed_;

@@ -18,8 +18,8 @@ class Metrics : public EngineObserver {
   // Gauges are read from `engine` when scraped. Once, before the front ends start; `engine` outlives the last Render.
   virtual void Attach(const Engine& engine) = 0;
   virtual void OnHttpRequest(const std::string& handler, const std::string& method, int status, double seconds) = 0;
-  virtual void OnRejection(const std::string& reason) = 0;      // vllm:admission_rejections{reason}
-  virtual void OnUnknownField(const std::string& field) = 0;    // spillway_unknown_fields_total; logs each name once
+  virtual void OnRejection(const std::string& reason) = 0;    // vllm:admission_rejections{reason}
+  virtual void OnUnknownField(const std::string& field) = 0;  // spillway_unknown_fields_total; logs each name once
   // The text exposition format, version 0.0.4.
   virtual std::string Render() = 0;
 };

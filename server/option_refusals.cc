@@ -120,7 +120,6 @@ constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"ssl-cert-reqs", kTls},
     {"ssl-ciphers", kTls},
     {"enable-ssl-refresh", kTls},
-    {"kv-offloading-size", kTiers},
     {"kv-offloading-backend", kTiers},
     {"kv-transfer-config", kTiers},
     {"ec-transfer-config", kTiers},

@@ -39,7 +39,12 @@ absl::StatusOr<double> NumberOf(const OptionRow& row, const std::string& text, s
   if (row.special && text == row.special->text) return row.special->value;
   std::optional<double> number;
   if (row.kind == ValueKind::kCount || row.kind == ValueKind::kBytes) {
-    if (const auto size = ParseSize(text)) number = static_cast<double>(*size);
+    const std::optional<double> bare = row.bare_unit != 1 ? ParseNumber(text) : std::nullopt;
+    if (bare) {
+      number = std::floor(*bare * row.bare_unit);
+    } else if (const auto size = ParseSize(text)) {
+      number = static_cast<double>(*size);
+    }
   } else {
     number = ParseNumber(text);
   }

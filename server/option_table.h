@@ -34,6 +34,7 @@ struct OptionRow {
   ValueKind kind = ValueKind::kText;
   OptionTarget target = {};
   std::string_view unit = {};
+  double bare_unit = 1;  // kBytes: what a number without a suffix counts in
   double least = std::numeric_limits<double>::lowest();
   double most = std::numeric_limits<double>::max();
   std::vector<std::string_view> choices = {};          // kText: nothing else is accepted

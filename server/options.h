@@ -45,6 +45,11 @@ struct CacheChoice {
   std::int64_t block_size = 16;
   bool enable_prefix_caching = true;
   std::string prefix_hash_seed = "0";
+  std::int64_t kv_offloading_size = -1;  // the host tier's bytes; -1: by the rule of DefaultHostTierBytes; 0: off
+  std::int64_t kv_store_threshold = 1;
+  bool kv_verify = false;
+  std::int64_t cpu_link_bandwidth = 0;  // bytes per second; 0: not paced
+  double cpu_link_latency = 0;          // seconds
 };
 
 struct SchedulingChoice {

@@ -1,7 +1,7 @@
 #pragma once
 
-// Service: what both front ends stand on. It validates, tokenizes on its own threads, submits, turns tokens into text (stop
-// strings, held-back text), cancels, drains. No transport, no inference.
+// Service: what both front ends stand on. It validates, tokenizes on its own threads, submits, turns tokens into text
+// (stop strings, held-back text), cancels, drains. No transport, no inference.
 
 #include <cstdint>
 #include <functional>
@@ -36,7 +36,7 @@ struct GenerationRequest {
   std::variant<std::string, std::vector<std::int32_t>> prompt;
   SpecialTokens special_tokens = SpecialTokens::kAdd;  // for a text prompt
   std::optional<double> temperature, top_p, min_p;
-  std::optional<std::int64_t> top_k;       // -1 and 0 = all
+  std::optional<std::int64_t> top_k;  // -1 and 0 = all
   std::optional<std::int64_t> seed;
   std::optional<std::int64_t> max_tokens;  // unset: up to max_model_len
   std::int64_t min_tokens = 0;
@@ -46,7 +46,7 @@ struct GenerationRequest {
   bool include_stop_in_output = false;
   bool ignore_eos = false;
   bool skip_special_tokens = true;
-  std::optional<std::int64_t> logprobs;    // the N most likely beside the sampled one
+  std::optional<std::int64_t> logprobs;                // the N most likely beside the sampled one
   std::optional<std::int64_t> truncate_prompt_tokens;  // keep the last N
   std::string cache_salt;
   bool bypass_prefix_cache = false;
@@ -66,7 +66,8 @@ struct OutputFinish {
   std::int32_t num_cached_tokens = 0;  // prompt tokens served from the prefix cache
 };
 
-// A piece of one choice. Text may lag behind tokens: what may begin a stop string, or is half a code point, is held back.
+// A piece of one choice. Text may lag behind tokens: what may begin a stop string, or is half a code point, is held
+// back.
 struct OutputChunk {
   std::int32_t index = 0;
   std::string text;
@@ -74,7 +75,8 @@ struct OutputChunk {
   std::optional<OutputFinish> finish;  // the last chunk of this choice
 };
 
-// Called on Service threads, one call at a time for one generation, in order: OnPrompt once, chunks, OnDone once (last).
+// Called on Service threads, one call at a time for one generation, in order: OnPrompt once, chunks, OnDone once
+// (last).
 class GenerationListener {
  public:
   virtual ~GenerationListener() = default;
@@ -102,10 +104,12 @@ class Service {
   static std::unique_ptr<Service> Make(Engine& engine, const Tokenizer& tokenizer, const ServiceOptions& options);
   virtual ~Service() = default;
 
-  // Cheap checks at once, the rest (tokenizing, submitting) on a Service thread: its errors arrive by OnDone before OnPrompt.
+  // Cheap checks at once, the rest (tokenizing, submitting) on a Service thread: its errors arrive by OnDone before
+  // OnPrompt.
   //   INVALID_ARGUMENT (with field)  a bad parameter      NOT_FOUND  unknown model      OUT_OF_RANGE  over-long prompt
   //   RESOURCE_EXHAUSTED  queue full      ALREADY_EXISTS  request_id is live      UNAVAILABLE  draining, or engine dead
-  virtual std::shared_ptr<Generation> Start(GenerationRequest request, std::shared_ptr<GenerationListener> listener) = 0;
+  virtual std::shared_ptr<Generation> Start(GenerationRequest request,
+                                            std::shared_ptr<GenerationListener> listener) = 0;
 
   // Cancels every choice of a live request by its id; unknown ids are ignored.
   virtual void Abort(const std::string& request_id) = 0;

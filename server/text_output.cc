@@ -27,7 +27,8 @@ TextOutput::TextOutput(const Tokenizer& tokenizer, TextOptions options)
 }
 
 void TextOutput::Continue(std::span<const std::int32_t> prompt) {
-  // The tail is enough for the decoder to be past the beginning and to know a code point that the prompt leaves unfinished.
+  // The tail is enough for the decoder to be past the beginning and to know a code point that the prompt leaves
+  // unfinished.
   constexpr std::size_t kTail = 16;
   for (const std::int32_t token : prompt.last(std::min(prompt.size(), kTail))) decoder_.Push(token);
 }

@@ -26,8 +26,8 @@ class TextOutput {
  public:
   TextOutput(const Tokenizer& tokenizer, TextOptions options);
 
-  // The output continues this prompt: what a decoder does only to the first token of a text is not done to the output's. Once,
-  // before the first Push.
+  // The output continues this prompt: what a decoder does only to the first token of a text is not done to the
+  // output's. Once, before the first Push.
   void Continue(std::span<const std::int32_t> prompt);
   // The text that one more token releases.
   std::string Push(std::int32_t token);

@@ -109,7 +109,7 @@ class CudaKernels final : public Kernels {
     if (args.num_rows == 0) return;
     const auto& weight = static_cast<const CudaMatrix&>(*args.weight);
     if (args.a_dtype != weight.dtype()) {
-      Fail(stream, absl::InternalError("gemm: the input's dtype is not the weight's"));
+      Fail(stream, ActivationsUnlikeWeight(args, weight.dtype()));
       return;
     }
     const bool add = args.output == GemmOutput::kAdd;

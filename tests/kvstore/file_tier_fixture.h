@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -41,9 +42,9 @@ inline BlockTokens TokensOf(std::uint64_t number) {
 inline std::vector<std::byte> BytesOf(std::uint64_t number, std::size_t size_bytes) {
   std::vector<std::byte> bytes(size_bytes);
   std::uint64_t state = number + 1;
-  for (std::byte& byte : bytes) {
+  for (std::size_t i = 0; i < size_bytes; i += sizeof(state)) {
     state = state * 6364136223846793005ULL + 1442695040888963407ULL;
-    byte = static_cast<std::byte>(state >> 56U);
+    std::memcpy(bytes.data() + i, &state, std::min(sizeof(state), size_bytes - i));
   }
   return bytes;
 }
