@@ -173,7 +173,8 @@ std::byte* CudaStream::Workspace(Purpose purpose, std::size_t size_bytes) {
   std::byte*& workspace = workspaces_[static_cast<int>(purpose)];
   if (workspace == nullptr && IsUsable()) {
     void* memory = nullptr;
-    Check(cudaMalloc(&memory, std::max<std::size_t>(size_bytes, 1)), absl::StrCat("a workspace of ", size_bytes, " bytes"));
+    Check(cudaMalloc(&memory, std::max<std::size_t>(size_bytes, 1)),
+          absl::StrCat("a workspace of ", size_bytes, " bytes"));
     workspace = static_cast<std::byte*>(memory);
   }
   return workspace;
