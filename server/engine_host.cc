@@ -7,7 +7,9 @@
 
 #include "absl/time/clock.h"
 #include "engine/model.h"
+#include "engine/model_digest.h"
 #include "kernels/status_macros.h"
+#include "kvstore/file_tier.h"
 #include "server/log.h"
 #include "server/machine_memory.h"
 #include "server/model_path.h"
@@ -74,10 +76,29 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Options& options, const s
   return model;
 }
 
+// Null where none is asked for. Its space names all that the bytes of a block depend on beside the tokens.
+absl::StatusOr<std::unique_ptr<Tier>> MakeFile(const CacheChoice& choice, const std::string& folder,
+                                               const Device& device, const KvLayout& layout) {
+  if (choice.kv_file_directory.empty()) return nullptr;
+  if (choice.kv_offloading_size == 0) {
+    return absl::InvalidArgumentError(
+        "--kv-file-directory: blocks reach files through the host tier, and "
+        "--kv-offloading-size is 0");
+  }
+  ASSIGN_OR_RETURN(const std::string digest, ModelDigest(folder));
+  FileTierOptions options;
+  options.directory = choice.kv_file_directory;
+  options.budget_bytes = choice.kv_file_size;
+  options.block_bytes = layout.block_bytes();
+  options.space = fmt::format("policy exact; model {}; dtype {}; block {}; compute {}", digest, NameOf(layout.dtype),
+                              kBlockTokens, device.description());
+  return MakeFileTier(options);
+}
+
 // A tier of less than one block is none.
 absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
                                                    std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
-                                                   const KvLayout& layout) {
+                                                   const KvLayout& layout, Tier* lower) {
   const bool is_default = choice.kv_offloading_size < 0;
   const std::int64_t bytes = is_default ? DefaultHostTierBytes(memory, weight_bytes) : choice.kv_offloading_size;
   const auto num_blocks = static_cast<std::uint64_t>(bytes) / layout.block_bytes();
@@ -98,7 +119,8 @@ absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, co
                       {.block_bytes = layout.block_bytes(),
                        .num_blocks = static_cast<std::uint32_t>(std::min<std::uint64_t>(num_blocks, 0x7fffffff)),
                        .store_threshold = static_cast<int>(choice.kv_store_threshold),
-                       .verify = choice.kv_verify ? KvVerify::kOn : KvVerify::kOff});
+                       .verify = choice.kv_verify ? KvVerify::kOn : KvVerify::kOff,
+                       .lower = lower});
 }
 
 }  // namespace
@@ -164,8 +186,9 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;
   engine.prefix_hash_seed = options.cache.prefix_hash_seed;
   engine.stall_timeout = absl::Seconds(options.life.engine_stall_timeout);
+  ASSIGN_OR_RETURN(host.file_tier, MakeFile(options.cache, host.folder, *host.device, model->kv_layout()));
   ASSIGN_OR_RETURN(host.host_tier, MakeHost(options.cache, memory, weight_bytes, capacity.kv_cache_bytes, *host.device,
-                                            model->kv_layout()));
+                                            model->kv_layout(), host.file_tier.get()));
   engine.host_tier = host.host_tier.get();
   engine.link_bytes_per_second = static_cast<double>(options.cache.cpu_link_bandwidth);
   engine.link_latency_seconds = options.cache.cpu_link_latency;

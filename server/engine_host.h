@@ -25,6 +25,7 @@ struct EngineHost {
   std::unique_ptr<ChatTemplate> chat_template;
   std::unique_ptr<Metrics> metrics;
   std::unique_ptr<HostTier> host_tier;
+  std::unique_ptr<Tier> file_tier;  // below host_tier, and gone before it: its writes read host slots
   std::unique_ptr<Engine> engine;
   std::unique_ptr<Service> service;
 };

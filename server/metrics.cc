@@ -196,26 +196,37 @@ class PrometheusMetrics : public Metrics {
     Counter& counter = MakeCounter(name, help, more);
     counter.Increment(std::max(0.0, value - counter.Value()));
   }
-  void ShowHostTier(const EngineStatus& status, const TierStats& tier) {
-    const Labels host = {{"tier", "host"}};
+  void ShowTier(const std::string& name, const TierStats& tier, std::int64_t read_bytes, double read_seconds,
+                std::int64_t written_bytes, double write_seconds) {
+    const Labels label = {{"tier", name}};
     const auto number = [](std::int64_t value) { return static_cast<double>(value); };
-    SetCounter("spillway_kv_hits_total", "Blocks found in a tier.", number(tier.hits), host);
-    SetCounter("spillway_kv_misses_total", "Blocks asked of a tier that it lacked.", number(tier.misses), host);
-    SetCounter("spillway_kv_declined_total", "Blocks offered to a tier and not taken.", number(tier.declined), host);
-    SetCounter("spillway_kv_evictions_total", "Blocks evicted from a tier.", number(tier.evictions), host);
-    SetCounter("spillway_kv_checksum_failures_total", "Blocks found changed.", number(tier.checksum_failures), host);
-    SetCounter("spillway_kv_read_bytes_total", "Bytes restored from a tier.", number(status.restored_bytes), host);
-    SetCounter("spillway_kv_read_seconds_total", "Time of restores, summed.", status.restore_seconds, host);
-    SetCounter("spillway_kv_written_bytes_total", "Bytes stored in a tier.", number(status.stored_bytes), host);
-    SetCounter("spillway_kv_write_seconds_total", "Time of stores, summed.", status.store_seconds, host);
-    MakeGauge("spillway_kv_resident_blocks", "Blocks in a tier.", host).Set(number(tier.resident_blocks));
-    MakeGauge("spillway_kv_resident_bytes", "Bytes in a tier.", host).Set(number(tier.resident_bytes));
-    MakeGauge("spillway_kv_capacity_bytes", "Bytes a tier can hold.", host).Set(number(tier.capacity_bytes));
-    MakeGauge("spillway_kv_in_flight_blocks", "Blocks of a tier being read or written.", host)
-        .Set(number(tier.in_flight));
-    SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.", number(status.restored_bytes));
+    SetCounter("spillway_kv_hits_total", "Blocks found in a tier.", number(tier.hits), label);
+    SetCounter("spillway_kv_misses_total", "Blocks asked of a tier that it lacked.", number(tier.misses), label);
+    SetCounter("spillway_kv_declined_total", "Blocks offered to a tier and not taken.", number(tier.declined), label);
+    SetCounter("spillway_kv_evictions_total", "Blocks evicted from a tier.", number(tier.evictions), label);
+    SetCounter("spillway_kv_checksum_failures_total", "Blocks found changed.", number(tier.checksum_failures), label);
+    SetCounter("spillway_kv_failures_total", "Operations that failed.", number(tier.failures), label);
+    SetCounter("spillway_kv_read_bytes_total", "Bytes brought up from a tier.", number(read_bytes), label);
+    SetCounter("spillway_kv_read_seconds_total", "Time of bringing up, summed.", read_seconds, label);
+    SetCounter("spillway_kv_written_bytes_total", "Bytes stored in a tier.", number(written_bytes), label);
+    SetCounter("spillway_kv_write_seconds_total", "Time of stores, summed.", write_seconds, label);
+    MakeGauge("spillway_kv_resident_blocks", "Blocks in a tier.", label).Set(number(tier.resident_blocks));
+    MakeGauge("spillway_kv_resident_bytes", "Bytes in a tier.", label).Set(number(tier.resident_bytes));
+    MakeGauge("spillway_kv_capacity_bytes", "Bytes a tier can hold.", label).Set(number(tier.capacity_bytes));
+    MakeGauge("spillway_kv_in_flight", "Blocks of a tier being read or written.", label).Set(number(tier.in_flight));
+  }
+  void ShowHostTier(const EngineStatus& status, const TierStats& tier) {
+    ShowTier("host", tier, status.restored_bytes, status.restore_seconds, status.stored_bytes, status.store_seconds);
+    if (const Tier* const lower = engine_->options().host_tier->lower()) {
+      const TierStats below = lower->stats();
+      ShowTier(std::string(lower->name()), below, below.read_bytes, below.read_seconds, below.written_bytes,
+               below.write_seconds);
+    }
+    SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.",
+               static_cast<double>(status.restored_bytes));
     SetCounter("vllm:kv_offload_load_time_total", "Seconds of loads, summed.", status.restore_seconds);
-    SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.", number(status.stored_bytes));
+    SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.",
+               static_cast<double>(status.stored_bytes));
     SetCounter("vllm:kv_offload_store_time_total", "Seconds of stores, summed.", status.store_seconds);
   }
 

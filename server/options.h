@@ -48,6 +48,8 @@ struct CacheChoice {
   std::int64_t kv_offloading_size = -1;  // the host tier's bytes; -1: by the rule of DefaultHostTierBytes; 0: off
   std::int64_t kv_store_threshold = 1;
   bool kv_verify = false;
+  std::string kv_file_directory;  // empty: no file tier
+  std::int64_t kv_file_size = std::int64_t{16} << 30;
   std::int64_t cpu_link_bandwidth = 0;  // bytes per second; 0: not paced
   double cpu_link_latency = 0;          // seconds
 };

@@ -13,10 +13,12 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kvstore/file_tier.h"
 #include "kvstore/host_tier.h"
 #include "kvstore/transfer_engine.h"
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/engine_harness.h"
+#include "tests/support/temp_folder.h"
 
 namespace spillway {
 namespace {
@@ -343,6 +345,39 @@ TEST(HostTier, TwoEnginesShareOneTier) {
   EXPECT_EQ(second.RunOne(request).num_cached, 48);
   second.engine.reset();
   EXPECT_EQ(host->stats().in_flight, 0);
+}
+
+std::unique_ptr<Tier> MakeFile(const std::string& directory) {
+  FileTierOptions options;
+  options.directory = directory;
+  options.budget_bytes = 64LL << 20;
+  options.block_bytes = static_cast<std::size_t>(Rig::BlockBytes(Folder()));
+  options.space = "tiers_test";
+  absl::StatusOr<std::unique_ptr<Tier>> tier = MakeFileTier(options);
+  SPILLWAY_CHECK(tier.ok()) << tier.status();
+  return *std::move(tier);
+}
+
+// A host tier of 8 blocks over a file tier: most restores come from files, the second time those of the first process.
+TEST(FileTier, IsIdenticalAndServesAfterARestart) {
+  const TempFolder folder;
+  const std::string directory = folder.path() + "/kv";
+  for (const bool is_restart : {false, true}) {
+    std::unique_ptr<Tier> file = MakeFile(directory);
+    for (const std::int32_t chunk : {1, 16, 512}) {
+      Rig rig = Rig::Make(Folder(), Pool(8, chunk), {}, DTypeChoice::kAuto, nullptr,
+                          HostOf(8, {.verify = KvVerify::kOn, .lower = file.get()}));
+      ExpectIdentical(RunRounds(rig));
+      rig.engine.reset();
+      while (rig.host->stats().in_flight > 0) std::this_thread::yield();  // writes to files still read host slots
+    }
+    const TierStats stats = file->stats();
+    EXPECT_GT(stats.resident_blocks, 8);
+    EXPECT_EQ(stats.checksum_failures, 0);
+    if (is_restart) {
+      EXPECT_GT(stats.hits, 0) << "nothing came up from files";
+    }
+  }
 }
 
 TEST(HostTier, StoreThresholdWaitsForTheSecondSighting) {
