@@ -34,7 +34,7 @@ bench: configure ## build the benchmarks too
 
 lint: build ## formatting and clang-tidy
 	@clang-format --dry-run -Werror $(SOURCES)
-	@printf '%s\n' $(filter-out tests/% bench/%,$(filter %.cc,$(SOURCES))) | xargs -P $(JOBS) -n 4 clang-tidy --quiet -p $(BUILD)
+	@printf '%s\n' $(filter-out tests/% bench/% kernels/cuda/%,$(filter %.cc,$(SOURCES))) | xargs -P $(JOBS) -n 4 clang-tidy --quiet -p $(BUILD)
 
 format: ## rewrite our sources in the project's style
 	@clang-format -i $(SOURCES)

@@ -44,7 +44,9 @@ class ModelWithoutDefaults : public Model {
 
 absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const DeviceChoice& choice) {
   if (choice.device == "cuda") {
-    return absl::UnimplementedError("--device: this build has no cuda device; use cpu");
+    absl::StatusOr<std::unique_ptr<Device>> device = MakeCudaDevice({});
+    if (device.ok()) return device;
+    return absl::Status(device.status().code(), fmt::format("--device: {}", std::string(device.status().message())));
   }
   CpuDeviceOptions options;
   options.num_workers = static_cast<int>(choice.threads);
@@ -159,10 +161,14 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
 
   const auto weight_bytes = static_cast<std::int64_t>(model->weight_bytes());
   const MachineMemory memory = ReadMachineMemory();
+  // A GPU's own memory bounds the default there; a quarter of what the weights left is kept for activations.
+  const std::int64_t default_bytes = options.device.device == "cuda"
+                                         ? static_cast<std::int64_t>(host.device->free_bytes() / 4 * 3)
+                                         : DefaultKvCacheBytes(memory, weight_bytes);
   ASSIGN_OR_RETURN(const Capacity capacity,
                    PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
                                  .max_model_len = options.model.max_model_len,
-                                 .default_kv_cache_bytes = DefaultKvCacheBytes(memory, weight_bytes),
+                                 .default_kv_cache_bytes = default_bytes,
                                  .block_bytes = static_cast<std::int64_t>(model->kv_layout().block_bytes()),
                                  .max_positions = model->config().max_positions}));
   if (options.model.max_model_len == 0 && capacity.max_model_len < model->config().max_positions) {

@@ -68,7 +68,8 @@ std::vector<OptionRow> MakeTable() {
        .target = SPILLWAY_AT(device.device),
        .choices = {"auto", "cpu", "cuda"},
        .group = "Device",
-       .help = "Where the model runs. This build has cpu; cuda is refused at start."},
+       .help =
+           "Where the model runs. auto: cpu. cuda needs a build with -DSPILLWAY_CUDA=ON and has not run on a GPU yet."},
       {.name = "cpu-target",
        .commands = kEngines,
        .target = SPILLWAY_AT(device.cpu_target),
