@@ -227,8 +227,8 @@ absl::Status DenseDecoder::Load(const std::string& folder,
     const std::string prefix = absl::StrCat("model.layers.", i, ".");
     const auto name = [&](const char* suffix) { return absl::StrCat(prefix, suffix); };
     Layer layer;
-    layer.input_norm = norm_pointers[static_cast<std::size_t>(2 * i)];
-    layer.post_norm = norm_pointers[static_cast<std::size_t>(2 * i + 1)];
+    layer.input_norm = norm_pointers[2 * static_cast<std::size_t>(i)];
+    layer.post_norm = norm_pointers[2 * static_cast<std::size_t>(i) + 1];
     ASSIGN_OR_RETURN(layer.qkv, Pack(reader,
                                      {{name("self_attn.q_proj.weight"), query_width()},
                                       {name("self_attn.k_proj.weight"), kv_width()},

@@ -311,8 +311,8 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& fo
 
   // Newer folders keep the template beside the settings.
   absl::StatusOr<std::string> source = ReadWholeFile(absl::StrCat(folder, "/chat_template.jinja"), kMaxTemplateBytes);
-  if (source.ok()) tokenizer->SetChatTemplate(*std::move(source));
   if (!source.ok() && !absl::IsNotFound(source.status())) return source.status();
+  if (source.ok()) tokenizer->SetChatTemplate(*std::move(source));
   return tokenizer;
 }
 

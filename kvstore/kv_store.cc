@@ -9,9 +9,9 @@
 namespace spillway {
 namespace {
 
-// Stores handed to the transfer engine at once. Each holds its block, so this is all that write-through can keep from
-// Take.
-constexpr std::uint32_t kMaxStoring = 4;
+// Stores handed to the transfer engine at once: enough for the time until the engine collects again, which may be a
+// long step. Each holds its block, so this is also all that write-through can keep from Take for a moment.
+std::uint32_t MaxStoring(std::uint32_t num_blocks) { return std::clamp(num_blocks / 8, 2U, 256U); }
 
 }  // namespace
 
@@ -89,7 +89,7 @@ void KvStore::WriteThrough(BlockId block, const BlockKey& key, std::span<const s
 }
 
 void KvStore::FeedWriteThrough() {
-  while (num_storing_ < kMaxStoring && !unstored_.empty()) {
+  while (num_storing_ < MaxStoring(options_.num_blocks) && !unstored_.empty()) {
     const Unstored next = unstored_.front();
     unstored_.pop_front();
     std::optional<HostSlot> slot;

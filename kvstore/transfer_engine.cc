@@ -96,7 +96,10 @@ void TransferEngine::Loop() {
       in_flight_.pop_front();
       absl::Status status = front.event->Await();
       AwaitPacedLink(front.begun);
-      Complete(std::move(front.transfer), std::move(status), Now() - front.begun);
+      const double now = Now();
+      const double busy_since = std::max(front.begun, last_completed_at_);  // it shared the link with the one before it
+      last_completed_at_ = now;
+      Complete(std::move(front.transfer), std::move(status), now - busy_since);
     }
   }
 }

@@ -47,7 +47,7 @@ struct TransferStats {
   std::int64_t bytes = 0;
   std::int64_t failures = 0;
   std::int64_t queued = 0;  // now
-  double seconds = 0;       // from begin to end, summed
+  double seconds = 0;       // in which at least one was under way
 };
 
 // Makes a copy cost latency + bytes / bandwidth, as on a bus, where the device's link is only a memcpy (the cpu
@@ -113,6 +113,7 @@ class TransferEngine {
   bool is_stopping_ = false;
 
   std::deque<InFlight> in_flight_;  // transfer thread
+  double last_completed_at_ = 0;    // transfer thread
   double link_free_at_ = 0;         // transfer thread: when the paced link has done what it was given
   std::thread thread_;
 };

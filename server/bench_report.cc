@@ -30,6 +30,7 @@ double Deviation(const std::vector<double>& values) {
 void AddMetric(nlohmann::ordered_json& report, std::string_view name, const std::vector<double>& seconds,
                const std::vector<double>& percentiles) {
   std::vector<double> ms;
+  ms.reserve(seconds.size());
   for (const double value : seconds) ms.push_back(1000 * value);
   report[fmt::format("mean_{}_ms", name)] = Mean(ms);
   report[fmt::format("median_{}_ms", name)] = Percentile(ms, 50);
