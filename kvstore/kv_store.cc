@@ -11,7 +11,7 @@ namespace {
 
 // Stores handed to the transfer engine at once: enough for the time until the engine collects again, which may be a
 // long step. Each holds its block, so this is also all that write-through can keep from Take for a moment.
-std::uint32_t MaxStoring(std::uint32_t num_blocks) { return std::clamp(num_blocks / 8, 2U, 256U); }
+std::uint32_t MaxStoring(std::uint32_t num_blocks) { return std::clamp(num_blocks / 8, 4U, 256U); }
 
 }  // namespace
 

@@ -206,7 +206,7 @@ TEST_P(Tiers, EveryStepIsBitIdentical) {
   const bool must_restore = pool <= 12 && host >= 200;
   if (must_restore) {
     const std::int64_t before = rig.host->stats().hits;
-    for (int i = 0; i < 100 && rig.host->stats().hits == before; ++i) EXPECT_TRUE(ForceRestore(rig));
+    for (int i = 0; i < 300 && rig.host->stats().hits == before; ++i) EXPECT_TRUE(ForceRestore(rig));
     EXPECT_GT(rig.host->stats().hits, before) << "nothing was restored: the test shows nothing";
   }
   rig.engine.reset();  // CHECKs that every block came home
@@ -300,7 +300,7 @@ TEST(TierFaults, LostCorruptedFailedAndLateCopiesChangeNothing) {
           return wrapped;
         });
     ExpectIdentical(RunRounds(rig));
-    for (int i = 0; i < 6; ++i) ForceRestore(rig);
+    for (int i = 0; i < 300 && faulty->stats().checksum_failures == 0; ++i) EXPECT_TRUE(ForceRestore(rig));
     rig.engine.reset();
     EXPECT_GT(faulty->num_corrupted.load(), 0);
     EXPECT_GT(faulty->stats().checksum_failures, 0);
@@ -316,7 +316,7 @@ TEST(PlantedFault, CorruptedCopyWithoutVerifyIsCaught) {
         return std::make_unique<FaultyHostTier>(MakeHost(device, layout, 300), layout.block_bytes(), 1);
       });
   bool differs = false;
-  for (int i = 0; i < 12 && !differs; ++i) differs = !ForceRestore(rig);
+  for (int i = 0; i < 300 && !differs; ++i) differs = !ForceRestore(rig);
   EXPECT_TRUE(differs);
 }
 
