@@ -317,6 +317,7 @@ void ThreadedEngine::Report(const Sequence& sequence, FinishReason reason, bool 
                              .failed = failed,
                              .prompt_tokens = sequence.num_prompt,
                              .cached_tokens = sequence.num_cached,
+                             .cached_below_tokens = sequence.num_cached_below,
                              .generated_tokens = sequence.num_outputs(),
                              .max_tokens = sequence.request.sampling.max_tokens,
                              .queue_seconds = scheduled - sequence.submitted_at,

@@ -51,7 +51,8 @@ struct SequenceReport {
   FinishReason reason = FinishReason::kStop;
   bool failed = false;
   std::int32_t prompt_tokens = 0;
-  std::int32_t cached_tokens = 0;
+  std::int32_t cached_tokens = 0;        // of the prompt, found in any tier
+  std::int32_t cached_below_tokens = 0;  // of these, restored from below the device tier
   std::int32_t generated_tokens = 0;
   std::int32_t max_tokens = 0;
   double queue_seconds = 0;        // submitted -> first scheduled

@@ -101,6 +101,7 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
   for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
   sequence.restoring.clear();
   KvStore::Release(sequence.blocks);
+  if (!sequence.was_scheduled) sequence.num_cached_below = 0;
   sequence.num_computed = 0;
   sequence.num_published = 0;
 }
@@ -203,6 +204,7 @@ void Scheduler::Loaded() {
     const auto lost = std::ranges::find_if(sequence.restoring, is_lost);
     const auto num_sound = static_cast<std::int32_t>(lost - sequence.restoring.begin());
     sequence.num_published += num_sound;
+    if (!sequence.was_scheduled) sequence.num_cached_below = num_sound * kBlockTokens;
     sequence.num_computed = sequence.num_published * kBlockTokens;
     sequence.restoring.clear();
     while (static_cast<std::int32_t>(sequence.blocks.size()) > sequence.num_published) sequence.blocks.pop_back();

@@ -39,7 +39,8 @@ struct Sequence {
   double scheduled_at = 0;
   double first_token_at = 0;
   double last_token_at = 0;
-  std::int32_t num_cached = 0;  // prompt tokens found in any tier when first scheduled
+  std::int32_t num_cached = 0;        // prompt tokens found in any tier when first scheduled
+  std::int32_t num_cached_below = 0;  // of these, restored from below the device tier
 
   std::int32_t size() const { return static_cast<std::int32_t>(tokens.size()); }
   std::int32_t num_outputs() const { return size() - num_prompt; }

@@ -65,6 +65,8 @@ class PrometheusMetrics : public Metrics {
         prompt_tokens_(MakeCounter("vllm:prompt_tokens_total", "Prompt tokens of sequences that were prefilled.")),
         prompt_computed_(MakeCounter("vllm:prompt_tokens_by_source_total", kBySource, {{"source", "local_compute"}})),
         prompt_local_(MakeCounter("vllm:prompt_tokens_by_source_total", kBySource, {{"source", "local_cache_hit"}})),
+        prompt_external_(
+            MakeCounter("vllm:prompt_tokens_by_source_total", kBySource, {{"source", "external_kv_transfer"}})),
         prompt_cached_(MakeCounter("vllm:prompt_tokens_cached_total", "Prompt tokens served from a cache.")),
         generation_tokens_(MakeCounter("vllm:generation_tokens_total", "Tokens generated.")),
         prompt_lengths_(MakeHistogram("vllm:request_prompt_tokens", "Prompt tokens.", length_buckets_)),
@@ -88,9 +90,8 @@ class PrometheusMetrics : public Metrics {
       success_[i] =
           &MakeCounter("vllm:request_success_total", "Finished sequences.", {{"finished_reason", kReasons[i]}});
     }
-    // Nothing counts in these yet; their families are sums over all labels.
+    // Nothing counts in this yet; its family is a sum over all labels.
     MakeGauge("vllm:num_requests_waiting_by_reason", kByReason, {{"reason", "deferred"}});
-    MakeCounter("vllm:prompt_tokens_by_source_total", kBySource, {{"source", "external_kv_transfer"}});
     for (const char* reason : {"queue_full", "draining"}) OnRejections(reason).Increment(0);
   }
 
@@ -119,7 +120,8 @@ class PrometheusMetrics : public Metrics {
     const std::int32_t computed = report.prompt_tokens - report.cached_tokens;
     prompt_tokens_.Increment(report.prompt_tokens);
     prompt_computed_.Increment(computed);
-    prompt_local_.Increment(report.cached_tokens);
+    prompt_local_.Increment(report.cached_tokens - report.cached_below_tokens);
+    prompt_external_.Increment(report.cached_below_tokens);
     prompt_cached_.Increment(report.cached_tokens);
     prompt_lengths_.Observe(report.prompt_tokens);
     computed_lengths_.Observe(computed);
@@ -270,6 +272,7 @@ class PrometheusMetrics : public Metrics {
   Counter& prompt_tokens_;
   Counter& prompt_computed_;
   Counter& prompt_local_;
+  Counter& prompt_external_;
   Counter& prompt_cached_;
   Counter& generation_tokens_;
   Histogram& prompt_lengths_;
