@@ -3,10 +3,12 @@
 //
 //   deliberate_race own | onednn
 
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <iostream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/device.h"
@@ -17,6 +19,11 @@ int main(int argc, char** argv) {
   CpuDeviceOptions options;
   options.num_workers = 2;
   options.gemm = argc > 1 ? argv[1] : "own";
+  // Holds the GEMM until everything is queued. Relaxed: it must not order what the sanitizer is to find unordered.
+  std::atomic<bool> is_queued{false};
+  options.before_item = [&] {
+    while (!is_queued.load(std::memory_order_relaxed)) std::this_thread::yield();
+  };
   const auto device = MakeCpuDevice(options).value();
   const auto stream = device->NewStream().value();
   std::cout << device->description() << std::endl;
@@ -35,6 +42,7 @@ int main(int argc, char** argv) {
   args.out = out.data();
   device->kernels().Gemm(*stream, args);
   const auto done = stream->Record();
+  is_queued.store(true, std::memory_order_relaxed);
   for (float& value : a) value = 2.0F;  // the bug: `done` was not awaited
   if (!done->Await().ok()) return 2;
   std::cout << out[0] << std::endl;
