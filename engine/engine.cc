@@ -184,7 +184,7 @@ EngineStatus ThreadedEngine::status() const {
   }
   const double silence = Now() - last_beat_.load(std::memory_order_relaxed);
   if (status.failure.empty() && is_busy_.load() && silence > absl::ToDoubleSeconds(options_.stall_timeout)) {
-    status.failure = absl::StrCat("the engine has not made a step for ", static_cast<int>(silence), " s");
+    status.failure = absl::StrCat("the engine has not made a step for ", absl::FormatDuration(absl::Seconds(silence)));
   }
   status.is_alive = status.failure.empty();
   return status;
