@@ -117,6 +117,12 @@ struct RopeAppendArgs {
 // partial state (output, max, sum), merged in position order.
 inline constexpr int kSegmentTokens = 256;
 
+// Which part of a row's attention a call makes. kWhole: all of it. Else one layer's attention is made in several calls
+// over KV that lies in different places, and partial states are carried from call to call: kFirst starts them empty,
+// kLast merges its range and then normalizes into `out`, kMiddle does neither. The bits are those of one kWhole call.
+// The cuda device has kWhole alone; its stream answers UNIMPLEMENTED to the others.
+enum class AttentionPass : std::uint8_t { kWhole, kFirst, kMiddle, kLast };
+
 struct AttentionArgs {
   const std::byte* q = nullptr;  // [num_tokens, num_heads, head_dim] of q_dtype
   DType q_dtype = DType::kF32;
@@ -132,6 +138,14 @@ struct AttentionArgs {
   const std::int32_t* block_table = nullptr;     // blocks of each sequence in position order
   std::byte* out = nullptr;                      // [num_tokens, num_heads, head_dim] of out_dtype
   DType out_dtype = DType::kF32;
+
+  // With a pass other than kWhole: the call reads keys [key_begin[s], key_end[s]) of sequence s only, and block_table
+  // lists the blocks of that range alone. key_begin is a multiple of kSegmentTokens, key_end too or the end of the
+  // sequence; the range may be empty. Ranges of successive calls ascend and leave no key out.
+  AttentionPass pass = AttentionPass::kWhole;
+  const std::int32_t* key_begin = nullptr;  // [num_sequences]
+  const std::int32_t* key_end = nullptr;    // [num_sequences]
+  float* states = nullptr;                  // [num_tokens, num_heads, head_dim + 2]: out, max, sum (attention_state.h)
 };
 
 // out[t, i] = silu(gate_up[t, i]) * gate_up[t, inner + i]

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <span>
 #include <string>
 #include <utility>
@@ -109,42 +110,87 @@ void RopeAppend(const RopeAppendArgs& args) {
   }
 }
 
-// One query row over the keys [0, position].
-void Attend(const AttentionArgs& args, const std::int32_t* blocks, std::int64_t position, int kv_head,
-            std::int64_t row) {
+// As AttentionState.
+struct RowState {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0;
+  std::vector<double> out;
+};
+
+// The keys that one query row reads: positions [begin, end) of the blocks listed from `begin` on.
+struct KeyRange {
+  const std::int32_t* blocks = nullptr;
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+// One query row over a range of keys, merged into `state`.
+void AttendRange(const AttentionArgs& args, const KeyRange& keys, int kv_head, std::int64_t row, RowState& state) {
+  if (keys.begin >= keys.end) return;
   const KvLayout& layout = args.kv.layout;
   const std::int64_t dim = layout.head_dim;
   const auto kv_row = [&](std::int64_t p) {
-    return args.kv.pool + static_cast<std::size_t>(blocks[p / kBlockTokens]) * layout.block_bytes() +
-           layout.strip_offset(args.layer, kv_head) + static_cast<std::size_t>(p % kBlockTokens) * layout.row_bytes();
+    const std::int64_t i = p - keys.begin;
+    return args.kv.pool + static_cast<std::size_t>(keys.blocks[i / kBlockTokens]) * layout.block_bytes() +
+           layout.strip_offset(args.layer, kv_head) + static_cast<std::size_t>(i % kBlockTokens) * layout.row_bytes();
   };
-  std::vector<double> scores(static_cast<std::size_t>(position + 1));
-  for (std::int64_t p = 0; p <= position; ++p) {
+  std::vector<double> weights;
+  for (std::int64_t p = keys.begin; p < keys.end; ++p) {
     double dot = 0;
     for (std::int64_t i = 0; i < dim; ++i) {
       dot += double{LoadElement(args.q, args.q_dtype, row * dim + i)} * LoadElement(kv_row(p), layout.dtype, i);
     }
-    scores[static_cast<std::size_t>(p)] = dot * args.scale;
+    weights.push_back(dot * args.scale / std::numbers::ln2);
   }
-  const double max = *std::max_element(scores.begin(), scores.end());
-  double sum = 0;
-  for (double& score : scores) sum += score = std::exp(score - max);
+  const double max = std::max(state.max, *std::max_element(weights.begin(), weights.end()));
+  for (double& weight : weights) weight = std::exp2(weight - max);
+  const double kept = std::exp2(state.max - max);
+  state.max = max;
+  state.sum *= kept;
+  for (const double weight : weights) state.sum += weight;
   for (std::int64_t i = 0; i < dim; ++i) {
-    double out = 0;
-    for (std::int64_t p = 0; p <= position; ++p) {
-      out += scores[static_cast<std::size_t>(p)] * LoadElement(kv_row(p), layout.dtype, dim + i);
+    double& out = state.out[static_cast<std::size_t>(i)];
+    out *= kept;
+    for (std::int64_t p = keys.begin; p < keys.end; ++p) {
+      out += weights[static_cast<std::size_t>(p - keys.begin)] * LoadElement(kv_row(p), layout.dtype, dim + i);
     }
-    StoreElement(args.out, args.out_dtype, row * dim + i, static_cast<float>(out / sum));
+  }
+}
+
+void Attend(const AttentionArgs& args, const KeyRange& keys, int kv_head, std::int64_t row) {
+  const auto dim = static_cast<std::size_t>(args.kv.layout.head_dim);
+  const bool is_whole = args.pass == AttentionPass::kWhole;
+  float* const carried = is_whole ? nullptr : args.states + row * static_cast<std::int64_t>(dim + 2);
+  RowState state;
+  state.out.resize(dim);
+  if (args.pass == AttentionPass::kMiddle || args.pass == AttentionPass::kLast) {
+    std::copy_n(carried, dim, state.out.begin());
+    state.max = carried[dim];
+    state.sum = carried[dim + 1];
+  }
+  AttendRange(args, keys, kv_head, row, state);
+  if (args.pass == AttentionPass::kFirst || args.pass == AttentionPass::kMiddle) {
+    for (std::size_t i = 0; i < dim; ++i) carried[i] = static_cast<float>(state.out[i]);
+    carried[dim] = static_cast<float>(state.max);
+    carried[dim + 1] = static_cast<float>(state.sum);
+    return;
+  }
+  for (std::size_t i = 0; i < dim; ++i) {
+    StoreElement(args.out, args.out_dtype, row * static_cast<std::int64_t>(dim) + static_cast<std::int64_t>(i),
+                 static_cast<float>(state.out[i] / state.sum));
   }
 }
 
 void Attention(const AttentionArgs& args) {
   const int group = args.num_heads / args.kv.layout.num_kv_heads;
+  const bool is_whole = args.pass == AttentionPass::kWhole;
   for (std::int64_t s = 0; s < args.num_sequences; ++s) {
-    const std::int32_t* const blocks = args.block_table + args.block_begin[s];
     for (std::int64_t t = args.query_begin[s]; t < args.query_begin[s + 1]; ++t) {
       const std::int64_t position = args.first_position[s] + (t - args.query_begin[s]);
-      for (int h = 0; h < args.num_heads; ++h) Attend(args, blocks, position, h / group, t * args.num_heads + h);
+      KeyRange keys = {args.block_table + args.block_begin[s], 0, position + 1};
+      if (!is_whole) keys.begin = args.key_begin[s];
+      if (!is_whole) keys.end = std::min<std::int64_t>(keys.end, args.key_end[s]);
+      for (int h = 0; h < args.num_heads; ++h) Attend(args, keys, h / group, t * args.num_heads + h);
     }
   }
 }

@@ -307,6 +307,8 @@ class TileRun {
         group_(args.num_heads / args.kv.layout.num_kv_heads),
         num_rows_((tile.token_end - tile.token_begin) * group_),
         first_position_(args.first_position[tile.sequence] + (tile.token_begin - args.query_begin[tile.sequence])),
+        key_begin_(args.pass == AttentionPass::kWhole ? 0 : args.key_begin[tile.sequence]),
+        key_end_(KeyEnd()),
         blocks_(args.block_table + args.block_begin[tile.sequence]),
         memory_(num_rows_, dim_, padded_dim_, scratch) {}
 
@@ -316,13 +318,11 @@ class TileRun {
     } else {
       WidenQueries<std::uint16_t>();
     }
-    std::fill_n(memory_.running, num_rows_ * padded_dim_, 0.0F);
-    for (std::int64_t r = 0; r < num_rows_; ++r) {
-      memory_.running_states[r] = AttentionState{};
-      memory_.running_states[r].out = memory_.running + r * padded_dim_;
-    }
-    for (std::int64_t begin = 0; begin <= PositionOf(num_rows_ - 1); begin += kSegmentTokens) RunSegment(begin);
-    if (args_.out_dtype == DType::kF32) {
+    BeginStates();
+    for (std::int64_t begin = key_begin_; begin < key_end_; begin += kSegmentTokens) RunSegment(begin);
+    if (args_.pass == AttentionPass::kFirst || args_.pass == AttentionPass::kMiddle) {
+      KeepStates();
+    } else if (args_.out_dtype == DType::kF32) {
       WriteOut<float>();
     } else {
       WriteOut<std::uint16_t>();
@@ -331,6 +331,11 @@ class TileRun {
 
  private:
   std::int64_t PositionOf(std::int64_t row) const { return first_position_ + row / group_; }
+  // The end of the keys that this call reads.
+  std::int64_t KeyEnd() const {
+    const std::int64_t end = PositionOf(num_rows_ - 1) + 1;
+    return args_.pass == AttentionPass::kWhole ? end : std::min<std::int64_t>(end, args_.key_end[tile_.sequence]);
+  }
   // First row that sees key `position`.
   std::int64_t FirstRowOf(std::int64_t position) const {
     return std::clamp<std::int64_t>((position - first_position_) * group_, 0, num_rows_);
@@ -342,8 +347,9 @@ class TileRun {
   }
   const T* StripOf(std::int64_t block) const {
     const KvLayout& layout = args_.kv.layout;
-    return reinterpret_cast<const T*>(args_.kv.pool + static_cast<std::size_t>(blocks_[block]) * layout.block_bytes() +
-                                      layout.strip_offset(args_.layer, tile_.kv_head));
+    return reinterpret_cast<const T*>(
+        args_.kv.pool + static_cast<std::size_t>(blocks_[block - key_begin_ / kBlockTokens]) * layout.block_bytes() +
+        layout.strip_offset(args_.layer, tile_.kv_head));
   }
 
   template <typename Q>
@@ -354,6 +360,37 @@ class TileRun {
       std::size_t d = 0;
       for (; d + kLanes <= dim_; d += kLanes) hn::StoreU(LoadWide(from + d), F(), to + d);
       for (; d < dim_; ++d) to[d] = Widen(from[d]);
+    }
+  }
+
+  // Of row r, between calls: out, max, sum.
+  float* CarriedState(std::int64_t r) const {
+    const auto dim = static_cast<std::int64_t>(dim_);
+    return args_.states + OffsetOf(r) / dim * (dim + 2);
+  }
+
+  void BeginStates() {
+    std::fill_n(memory_.running, num_rows_ * padded_dim_, 0.0F);
+    const bool is_carried = args_.pass == AttentionPass::kMiddle || args_.pass == AttentionPass::kLast;
+    for (std::int64_t r = 0; r < num_rows_; ++r) {
+      AttentionState& state = memory_.running_states[r];
+      state = AttentionState{};
+      state.out = memory_.running + r * padded_dim_;
+      if (!is_carried) continue;
+      const float* const carried = CarriedState(r);
+      std::copy_n(carried, dim_, state.out);
+      state.max = carried[dim_];
+      state.sum = carried[dim_ + 1];
+    }
+  }
+
+  void KeepStates() {
+    for (std::int64_t r = 0; r < num_rows_; ++r) {
+      const AttentionState& state = memory_.running_states[r];
+      float* const carried = CarriedState(r);
+      std::copy_n(state.out, dim_, carried);
+      carried[dim_] = state.max;
+      carried[dim_ + 1] = state.sum;
     }
   }
 
@@ -382,14 +419,14 @@ class TileRun {
   // What is fetched is beyond block `current` and at most a segment away, so that it is still cached when its turn
   // comes.
   void FetchBeyond(std::int64_t current) {
-    last_block_ = std::min(current + kStripsPerSegment, PositionOf(num_rows_ - 1) / kBlockTokens);
+    last_block_ = std::min(current + kStripsPerSegment, (key_end_ - 1) / kBlockTokens);
     if (ahead_block_ > current) return;
     ahead_block_ = current + 1;
     ahead_bytes_ = 0;
   }
 
   void RunSegment(std::int64_t begin) {
-    const std::int64_t end = std::min(begin + kSegmentTokens, PositionOf(num_rows_ - 1) + 1);
+    const std::int64_t end = std::min(begin + kSegmentTokens, key_end_);
     const std::int64_t first_row = FirstRowOf(begin);
     ScoreSegment(begin, end);
     for (std::int64_t r = first_row; r < num_rows_; ++r) {
@@ -433,7 +470,7 @@ class TileRun {
 
   // The values of the strip at position `at` into the states of segment [begin, end).
   void AddStrip(std::int64_t at, std::int64_t begin, std::int64_t end) {
-    last_block_ = std::min((at + kSegmentTokens) / kBlockTokens, PositionOf(num_rows_ - 1) / kBlockTokens);
+    last_block_ = std::min((at + kSegmentTokens) / kBlockTokens, (key_end_ - 1) / kBlockTokens);
     const std::int64_t num_tokens = std::min<std::int64_t>(kBlockTokens, end - at);
     WidenValues(StripOf(at / kBlockTokens), static_cast<std::size_t>(num_tokens), dim_, padded_dim_, memory_.values);
     // Tokens of this strip that row r sees; none of the others is touched, since 0 times infinity is not 0.
@@ -462,7 +499,9 @@ class TileRun {
   const std::int64_t group_;
   const std::int64_t num_rows_;
   const std::int64_t first_position_;
-  const std::int32_t* const blocks_;
+  const std::int64_t key_begin_;
+  const std::int64_t key_end_;
+  const std::int32_t* const blocks_;  // from key_begin_ on
   const TileMemory memory_;
   std::int64_t ahead_block_ = 0;  // what TakeLines hands out next
   std::size_t ahead_bytes_ = 0;

@@ -170,6 +170,10 @@ class CudaKernels final : public Kernels {
 
   void Attention(Stream& stream, const AttentionArgs& args) const override {
     if (args.num_tokens == 0 || args.num_sequences == 0) return;
+    if (args.pass != AttentionPass::kWhole) {
+      Fail(stream, absl::UnimplementedError("attention: a pass other than AttentionPass::kWhole"));
+      return;
+    }
     const KvLayout& layout = args.kv.layout;
     if (!IsF32OrBF16(args.q_dtype) || !IsF32OrBF16(layout.dtype) || layout.head_dim > kMaxHeadDim) {
       Fail(stream,

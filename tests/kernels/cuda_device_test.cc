@@ -306,5 +306,20 @@ TEST(CudaAttentionTest, RefusesWhatItHasNoKernelFor) {
   EXPECT_EQ(stream->status().code(), absl::StatusCode::kUnimplemented);
 }
 
+TEST(CudaAttentionTest, RefusesSeveralPassesByName) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  for (const AttentionPass pass : {AttentionPass::kFirst, AttentionPass::kMiddle, AttentionPass::kLast}) {
+    const auto stream = device->NewStream().value();
+    AttentionArgs args;
+    args.num_heads = 1;
+    args.num_tokens = args.num_sequences = 1;
+    args.kv.layout = {1, 1, 64, DType::kBF16};
+    args.pass = pass;
+    device->kernels().Attention(*stream, args);
+    EXPECT_EQ(stream->status().code(), absl::StatusCode::kUnimplemented);
+    EXPECT_NE(stream->status().message().find("AttentionPass"), std::string::npos) << stream->status();
+  }
+}
+
 }  // namespace
 }  // namespace spillway
