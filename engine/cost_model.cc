@@ -1,0 +1,182 @@
+#include "engine/cost_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/check.h"
+#include "kernels/kv_layout.h"
+
+namespace spillway {
+namespace {
+
+// Weight of a new report against what is known.
+constexpr double kReportWeight = 0.1;
+// A report further off than this counts as if it were this far off: a page fault or a suspended process is not a speed.
+constexpr double kMaxSurprise = 4;
+
+}  // namespace
+
+CostModel::CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const LinkSpeed& link, double copy_bytes)
+    : costs_(costs), compute_(compute), link_(link), copy_bytes_(copy_bytes) {
+  SPILLWAY_CHECK(compute.linear_flops_per_second > 0 && compute.attention_flops_per_second > 0 &&
+                 compute.kv_bytes_per_second > 0 && compute.step_floor_seconds >= 0);
+  SPILLWAY_CHECK(costs.flops_per_token > 0 && costs.kv_bytes_per_token > 0);
+}
+
+double CostModel::LinearSeconds(double flops) const {
+  return std::max(compute_.step_floor_seconds, flops / compute_.linear_flops_per_second);
+}
+
+double CostModel::AttentionSeconds(std::int64_t cached, std::int64_t tokens) const {
+  const auto keys = static_cast<double>(cached + tokens);
+  return std::max(costs_.AttentionFlops(static_cast<double>(cached), static_cast<double>(tokens)) /
+                      compute_.attention_flops_per_second,
+                  keys * costs_.kv_bytes_per_token / compute_.kv_bytes_per_second);
+}
+
+void CostModel::Add(StepWork& work, std::int64_t cached, std::int64_t tokens, bool samples) const {
+  const double flops = costs_.AttentionFlops(static_cast<double>(cached), static_cast<double>(tokens));
+  const double bytes = static_cast<double>(cached + tokens) * costs_.kv_bytes_per_token;
+  work.num_tokens += tokens;
+  work.linear_flops += static_cast<double>(tokens) * costs_.flops_per_token + (samples ? costs_.flops_per_sample : 0);
+  if (flops / compute_.attention_flops_per_second > bytes / compute_.kv_bytes_per_second) {
+    work.attention_flops += flops;
+  } else {
+    work.kv_bytes += bytes;
+  }
+}
+
+double CostModel::StepSeconds(const StepWork& work) const {
+  if (work.num_tokens == 0) return 0;
+  return LinearSeconds(work.linear_flops) + work.attention_flops / compute_.attention_flops_per_second +
+         work.kv_bytes / compute_.kv_bytes_per_second;
+}
+
+double CostModel::ComputeSeconds(std::int64_t cached, std::int64_t tokens) const {
+  StepWork work;
+  if (tokens > 0) Add(work, cached, tokens, /*samples=*/true);
+  return StepSeconds(work);
+}
+
+double CostModel::LoadSeconds(std::int64_t tokens) const {
+  if (tokens <= 0) return 0;
+  const double bytes_per_second = link_bytes_per_second();
+  if (bytes_per_second <= 0) return std::numeric_limits<double>::infinity();  // there is no link
+  return static_cast<double>(tokens) * costs_.kv_bytes_per_token / bytes_per_second;
+}
+
+double CostModel::kappa_crit() const {
+  return costs_.flops_per_token / costs_.kv_bytes_per_token * link_bytes_per_second() /
+         compute_.linear_flops_per_second;
+}
+
+// Load K tokens: K B / BW. Compute T behind them: max(floor, T F / C) + T (K + T / 2) A / C_a. Equal at K.
+double CostModel::KappaCritAt(std::int64_t tokens) const {
+  const auto count = static_cast<double>(tokens);
+  const double attention_per_loaded = count * costs_.attention_flops_per_key / compute_.attention_flops_per_second;
+  const double load_per_loaded = LoadSeconds(1);
+  if (attention_per_loaded >= load_per_loaded) return std::numeric_limits<double>::infinity();
+  const double compute_alone = LinearSeconds(count * costs_.flops_per_token) +
+                               costs_.AttentionFlops(0, count) / compute_.attention_flops_per_second;
+  return compute_alone / (load_per_loaded - attention_per_loaded) / count;
+}
+
+double CostModel::critical_chunk_tokens() const {
+  if (costs_.attention_flops_per_key <= 0) return std::numeric_limits<double>::infinity();
+  return LoadSeconds(1) * compute_.attention_flops_per_second / costs_.attention_flops_per_key;
+}
+
+double CostModel::LinkOverhead(std::int64_t loaded, std::int64_t tokens) const {
+  const double compute = ComputeSeconds(loaded, tokens);
+  return compute > 0 ? LoadSeconds(loaded) / compute : 0;
+}
+
+Restoration CostModel::With(const Prefill& prefill, const Backlog& backlog, std::int64_t recomputed) const {
+  const std::int64_t loaded = prefill.below - recomputed;
+  const double link = loaded > 0 ? backlog.link_seconds + LoadSeconds(loaded) : 0;
+  const double head = backlog.compute_seconds + ComputeSeconds(prefill.resident, recomputed);
+  return {.recomputed = recomputed,
+          .loaded = loaded,
+          .seconds = std::max(link, head) + ComputeSeconds(prefill.resident + prefill.below, prefill.fresh)};
+}
+
+Restoration CostModel::Load(const Prefill& prefill, const Backlog& backlog) const { return With(prefill, backlog, 0); }
+
+Restoration CostModel::Recompute(const Prefill& prefill, const Backlog& backlog) const {
+  // One prefill over both, not two.
+  return {.recomputed = prefill.below,
+          .loaded = 0,
+          .seconds = backlog.compute_seconds + ComputeSeconds(prefill.resident, prefill.below + prefill.fresh)};
+}
+
+Restoration CostModel::Split(const Prefill& prefill, const Backlog& backlog) const {
+  const std::int64_t blocks = prefill.below / kBlockTokens;
+  if (blocks < 2) {
+    const Restoration load = Load(prefill, backlog);
+    const Restoration recompute = Recompute(prefill, backlog);
+    return recompute.seconds < load.seconds ? recompute : load;
+  }
+  // Recomputing grows with the head and loading shrinks: the best is where they cross, or one block before.
+  std::int64_t low = 1;
+  std::int64_t high = blocks - 1;
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    const double head = backlog.compute_seconds + ComputeSeconds(prefill.resident, middle * kBlockTokens);
+    const double tail = backlog.link_seconds + LoadSeconds(prefill.below - middle * kBlockTokens);
+    if (head >= tail) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  const Restoration at = With(prefill, backlog, low * kBlockTokens);
+  if (low == 1) return at;
+  const Restoration before = With(prefill, backlog, (low - 1) * kBlockTokens);
+  return before.seconds <= at.seconds ? before : at;
+}
+
+Restoration CostModel::Best(const Prefill& prefill, const Backlog& backlog) const {
+  Restoration best = Load(prefill, backlog);
+  for (const Restoration& other : {Split(prefill, backlog), Recompute(prefill, backlog)}) {
+    if (other.seconds < best.seconds) best = other;
+  }
+  return best;
+}
+
+// Each part of the prediction takes its share of the surprise.
+void CostModel::OnStep(const StepWork& work, double seconds) {
+  const double predicted = StepSeconds(work);
+  if (predicted <= 0 || seconds <= 0) return;
+  const double surprise = std::clamp(seconds / predicted, 1 / kMaxSurprise, kMaxSurprise);
+  const auto factor = [&](double part) { return std::pow(surprise, kReportWeight * part / predicted); };
+  const double linear = work.linear_flops / compute_.linear_flops_per_second;
+  if (linear > compute_.step_floor_seconds) {
+    compute_.linear_flops_per_second /= factor(linear);
+  } else {
+    compute_.step_floor_seconds *= factor(compute_.step_floor_seconds);
+  }
+  compute_.attention_flops_per_second /= factor(work.attention_flops / compute_.attention_flops_per_second);
+  compute_.kv_bytes_per_second /= factor(work.kv_bytes / compute_.kv_bytes_per_second);
+}
+
+void CostModel::OnTransfer(double bytes, double copy_bytes, double seconds) {
+  if (bytes <= 0 || copy_bytes <= 0 || seconds <= 0) return;
+  link_.Measure(bytes, copy_bytes, seconds, kReportWeight);
+  copy_bytes_ += kReportWeight * (copy_bytes - copy_bytes_);
+}
+
+// Sending l inputs and length - l keys and values takes l h p + 2 (length - l) w p bytes, projecting 4 l h w FLOPs.
+// Time falls with l while the projection hides under the transfer of the rest, and is least where they are equal.
+KvprSplit SplitActivations(const KvprShape& shape, double flops_per_second, double link_bytes_per_second,
+                           std::int64_t length, std::int64_t limit) {
+  if (shape.hidden >= 2 * shape.kv_width || length <= 0) return {};
+  const auto all = static_cast<double>(length);
+  const double crossing = all * shape.element_bytes * flops_per_second /
+                          (2 * shape.hidden * link_bytes_per_second + shape.element_bytes * flops_per_second);
+  const std::int64_t recomputed = std::min(limit, static_cast<std::int64_t>(crossing));
+  const double saved = static_cast<double>(recomputed) / all * (1 - shape.hidden / (2 * shape.kv_width));
+  return {.recomputed = recomputed, .time_ratio = 1 - saved};
+}
+
+}  // namespace spillway
