@@ -100,7 +100,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
       Scheduler::Options{.max_num_seqs = options_.max_num_seqs,
                          .max_num_batched_tokens = options_.max_num_batched_tokens,
                          .long_prefill_token_threshold = options_.long_prefill_token_threshold,
-                         .enable_prefix_caching = options_.enable_prefix_caching},
+                         .enable_prefix_caching = options_.enable_prefix_caching,
+                         .policy = options_.scheduling_policy},
       observer_);
   const StepRunner::Limits limits{
       .max_tokens = options_.max_num_batched_tokens,

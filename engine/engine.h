@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/request.h"
+#include "engine/scheduling_policy.h"
 #include "kernels/device.h"
 
 namespace spillway {
@@ -27,6 +28,7 @@ struct EngineOptions {
   std::int32_t max_num_batched_tokens = 2048;     // token budget of a step
   std::int32_t long_prefill_token_threshold = 0;  // most prefill tokens of one sequence in a step; 0 = the budget
   std::int32_t max_queued_requests = 4096;        // waiting sequences beyond those running
+  SchedulingPolicy scheduling_policy = SchedulingPolicy::kFcfs;
   bool enable_prefix_caching = true;
   bool hash_logits = false;                          // identity tests: SampledToken.logits_hash is filled
   std::string prefix_hash_seed = "0";                // first parent of the key chain (vLLM: PYTHONHASHSEED)

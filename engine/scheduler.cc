@@ -19,26 +19,40 @@ Scheduler::~Scheduler() {
   for (Sequence* const sequence : All()) Remove(sequence);
 }
 
-void Scheduler::Add(std::unique_ptr<Sequence> sequence) {
-  by_id_[sequence->request.id] = sequence.get();
-  waiting_.push_back(std::move(sequence));
+void Scheduler::Add(std::unique_ptr<Sequence> added) {
+  Sequence& sequence = *added;
+  sequence.rank = options_.policy == SchedulingPolicy::kPriority ? sequence.request.priority : 0;
+  sequence.arrival = ++num_arrived_;
+  by_id_[sequence.request.id] = std::move(added);
+  Wait(sequence);
+}
+
+void Scheduler::Wait(Sequence& sequence) {
+  sequence.place = Place::kWaiting;
+  sequence.num_lacking = 0;
+  waiting_.insert(&sequence);
 }
 
 StepPlan Scheduler::Plan(double now) {
   StepPlan plan;
-  for (const auto& sequence : running_) sequence->num_planned = 0;
-  // Preemption shortens running_ from its end while these loops walk it.
-  for (const bool decoding : {true, false}) {
-    for (std::size_t i = 0; i < running_.size(); ++i) {
-      Sequence& sequence = *running_[i];
-      if ((sequence.num_uncomputed() == 1) != decoding || sequence.num_planned > 0) continue;
-      const std::int32_t chunk = ChunkOf(sequence, plan);
-      if (chunk > 0 && Reserve(sequence, chunk, plan)) Schedule(sequence, chunk, plan);
-    }
-  }
+  PlanRunning(plan);
   if (plan.num_preempted == 0) AdmitReady(plan, now);
   if (plan.num_preempted == 0) Admit(plan, now);
   return plan;
+}
+
+void Scheduler::PlanRunning(StepPlan& plan) {
+  for (Sequence* const sequence : running_) sequence->num_planned = 0;
+  for (const bool decoding : {true, false}) {
+    for (Sequence* const sequence : running_) {
+      if (sequence->place != Place::kRunning) continue;  // preempted for an earlier one
+      if ((sequence->num_uncomputed() == 1) != decoding || sequence->num_planned > 0) continue;
+      const std::int32_t chunk = ChunkOf(*sequence, plan);
+      if (chunk > 0 && Reserve(*sequence, chunk, plan)) Schedule(*sequence, chunk, plan);
+    }
+  }
+  if (plan.num_preempted > 0)
+    std::erase_if(running_, [](const Sequence* each) { return each->place != Place::kRunning; });
 }
 
 std::int32_t Scheduler::ChunkOf(const Sequence& sequence, const StepPlan& plan) const {
@@ -47,7 +61,7 @@ std::int32_t Scheduler::ChunkOf(const Sequence& sequence, const StepPlan& plan) 
   return chunk;
 }
 
-// Holds blocks for the sequence's next num_tokens, at the cost of loads and of newer runners. False: it had to go
+// Holds blocks for the sequence's next num_tokens, at the cost of loads and of later runners. False: it had to go
 // itself, or blocks are on their way back and it waits for them.
 bool Scheduler::Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan) {
   const auto wanted = static_cast<std::size_t>(BlocksFor(sequence.num_computed + num_tokens));
@@ -59,45 +73,56 @@ bool Scheduler::Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& p
     }
     if (RevokeNewestLoad()) continue;
     if (store_.num_returning() > 0) return false;
-    const bool is_newest = running_.back().get() == &sequence;
-    SPILLWAY_CHECK(!is_newest || running_.size() > 1) << "a sequence that was accepted does not fit the pool alone";
-    PreemptNewest(plan);
-    if (is_newest) return false;
+    Sequence& last = LastRunner();
+    const bool is_alone = std::ranges::count(running_, Place::kRunning, &Sequence::place) == 1;
+    SPILLWAY_CHECK(!is_alone) << "a sequence that was accepted does not fit the pool alone";
+    Preempt(last, plan);
+    if (&last == &sequence) return false;
   }
   return true;
 }
 
 bool Scheduler::RevokeNewestLoad() {
   if (!loading_.empty()) {
-    std::unique_ptr<Sequence> revoked = std::move(loading_.back());
+    Sequence& revoked = *loading_.back();
     loading_.pop_back();
-    BackToWaiting(std::move(revoked));
+    BackToWaiting(revoked);
     return true;
   }
   if (!ready_.empty()) {
-    std::unique_ptr<Sequence> revoked = std::move(ready_.back());
+    Sequence& revoked = *ready_.back();
     ready_.pop_back();
-    BackToWaiting(std::move(revoked));
+    BackToWaiting(revoked);
     return true;
   }
   return false;
 }
 
-void Scheduler::PreemptNewest(StepPlan& plan) {
-  std::unique_ptr<Sequence> victim = std::move(running_.back());
-  running_.pop_back();
-  if (victim->num_planned > 0) Unschedule(*victim, plan);
-  ++plan.num_preempted;
-  BackToWaiting(std::move(victim));
+Sequence& Scheduler::LastRunner() const {
+  Sequence* last = nullptr;
+  for (Sequence* const each : running_) {
+    if (each->place == Place::kRunning && (last == nullptr || FirstInRank()(last, each))) last = each;
+  }
+  return *last;
 }
 
-void Scheduler::BackToWaiting(std::unique_ptr<Sequence> sequence) {
-  GiveUpBlocks(*sequence);
-  waiting_.push_front(std::move(sequence));
+// The victim stays in running_ until the caller has walked it.
+void Scheduler::Preempt(Sequence& victim, StepPlan& plan) {
+  if (victim.num_planned > 0) Unschedule(victim, plan);
+  ++plan.num_preempted;
+  BackToWaiting(victim);
+}
+
+void Scheduler::BackToWaiting(Sequence& sequence) {
+  GiveUpBlocks(sequence);
+  Wait(sequence);
 }
 
 void Scheduler::GiveUpBlocks(Sequence& sequence) {
-  Unclaim(sequence);
+  for (std::int32_t i = sequence.num_published; i < sequence.num_claimed; ++i) {
+    Unclaim(sequence.keys[static_cast<std::size_t>(i)]);
+  }
+  sequence.num_claimed = 0;
   for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
   sequence.restoring.clear();
   KvStore::Release(sequence.blocks);
@@ -122,59 +147,85 @@ void Scheduler::Unschedule(Sequence& sequence, StepPlan& plan) {
 
 // Room for all its known tokens; its outputs are taken on credit. A sequence alone always has room: it was accepted
 // because it fits the pool.
-bool Scheduler::HasRoomFor(const Sequence& sequence, std::size_t num_held_blocks) const {
-  if (running_.empty() && loading_.empty() && ready_.empty()) return true;
-  return static_cast<std::size_t>(BlocksFor(sequence.size())) <= num_held_blocks + store_.num_available();
+bool Scheduler::HasRoomFor(const Sequence& sequence) const {
+  return IsIdle() ||
+         static_cast<std::size_t>(BlocksFor(sequence.size())) <= sequence.blocks.size() + store_.num_available();
 }
 
 void Scheduler::AdmitReady(StepPlan& plan, double now) {
   while (!ready_.empty() && plan.num_tokens < options_.max_num_batched_tokens &&
          num_running() < options_.max_num_seqs) {
-    if (!running_.empty() && !HasRoomFor(*ready_.front(), ready_.front()->blocks.size())) return;
-    std::unique_ptr<Sequence> sequence = std::move(ready_.front());
+    Sequence& sequence = *ready_.front();
+    if (!running_.empty() && !HasRoomFor(sequence)) return;
     ready_.pop_front();
-    Run(std::move(sequence), plan, now);
+    Run(sequence, plan, now);
   }
 }
 
 void Scheduler::Admit(StepPlan& plan, double now) {
-  for (std::size_t i = 0; i < waiting_.size();) {
-    if (plan.num_tokens >= options_.max_num_batched_tokens || num_running() + num_loading() >= options_.max_num_seqs)
-      return;
-    Sequence& sequence = *waiting_[i];
+  while (!waiting_.empty() && plan.num_tokens < options_.max_num_batched_tokens && plan.num_preempted == 0 &&
+         num_running() + num_loading() < options_.max_num_seqs) {
+    Sequence& sequence = **waiting_.begin();
+    const std::int64_t num_available = store_.num_available();
+    if (!IsIdle() && num_available < sequence.num_lacking) return;
     GrowKeys(sequence);
-    // At least the last token is computed, since its logits are wanted.
-    const bool matches = options_.enable_prefix_caching && !sequence.request.bypass_prefix_cache;
-    const auto matchable = matches ? static_cast<std::size_t>((sequence.size() - 1) / kBlockTokens) : 0;
-    const auto keys = std::span<const BlockKey>(sequence.keys).first(matchable);
+    const std::span<const BlockKey> keys = MatchableKeys(sequence);
     sequence.blocks = store_.Match(keys, sequence.tokens);
     const auto missing = keys.subspan(sequence.blocks.size());
-    if (!missing.empty() && claims_.contains(missing.front())) {
-      KvStore::Release(sequence.blocks);
-      ++i;  // a running sequence will publish that block; others may pass meanwhile
-      continue;
-    }
-    if (!HasRoomFor(sequence, sequence.blocks.size())) {
+    if (AwaitClaim(sequence, missing)) continue;
+    if (!HasRoomFor(sequence)) {
+      const std::int64_t num_taken = num_available - store_.num_available();  // by the match
+      sequence.num_lacking = BlocksFor(sequence.size()) - static_cast<std::int64_t>(sequence.blocks.size()) + num_taken;
       KvStore::Release(sequence.blocks);
       return;
     }
-    sequence.num_published = static_cast<std::int32_t>(sequence.blocks.size());
-    sequence.num_computed = sequence.num_published * kBlockTokens;
-    if (!sequence.was_scheduled && observer_ != nullptr && matches) {
-      observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed);
-    }
-    std::unique_ptr<Sequence> admitted = std::move(waiting_[i]);
-    waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i));
-    const bool is_loading = StartLoading(sequence, missing);
-    if (!sequence.was_scheduled && observer_ != nullptr && matches) {
-      observer_->OnPrefixQueryBelow(static_cast<std::int64_t>(missing.size()) * kBlockTokens,
-                                    static_cast<std::int64_t>(sequence.restoring.size()) * kBlockTokens);
-    }
-    if (is_loading) {
-      loading_.push_back(std::move(admitted));
-    } else {
-      Run(std::move(admitted), plan, now);
-    }
+    Leave(sequence, plan, missing, now);
+  }
+}
+
+bool Scheduler::Matches(const Sequence& sequence) const {
+  return options_.enable_prefix_caching && !sequence.request.bypass_prefix_cache;
+}
+
+// At least the last token is computed, since its logits are wanted.
+std::span<const BlockKey> Scheduler::MatchableKeys(const Sequence& sequence) const {
+  if (!Matches(sequence)) return {};
+  return std::span<const BlockKey>(sequence.keys).first(static_cast<std::size_t>((sequence.size() - 1) / kBlockTokens));
+}
+
+// Does not compute what a running sequence is about to publish: awaits the last of those blocks.
+bool Scheduler::AwaitClaim(Sequence& sequence, std::span<const BlockKey> missing) {
+  Claim* awaited = nullptr;
+  for (const BlockKey& key : missing) {
+    const auto claim = claims_.find(key);
+    if (claim == claims_.end()) break;
+    awaited = &claim->second;
+    sequence.awaited = key;
+  }
+  if (awaited == nullptr) return false;
+  KvStore::Release(sequence.blocks);
+  waiting_.erase(&sequence);
+  sequence.place = Place::kAwaiting;
+  awaited->awaiting.push_back(&sequence);
+  return true;
+}
+
+// From waiting to loading where lower tiers have more of its prefix, else to running.
+void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockKey> missing, double now) {
+  sequence.num_published = static_cast<std::int32_t>(sequence.blocks.size());
+  sequence.num_computed = sequence.num_published * kBlockTokens;
+  waiting_.erase(&sequence);
+  const bool is_loading = StartLoading(sequence, missing);
+  if (!sequence.was_scheduled && observer_ != nullptr && Matches(sequence)) {
+    observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed);
+    observer_->OnPrefixQueryBelow(static_cast<std::int64_t>(missing.size()) * kBlockTokens,
+                                  static_cast<std::int64_t>(sequence.restoring.size()) * kBlockTokens);
+  }
+  if (is_loading) {
+    sequence.place = Place::kLoading;
+    loading_.push_back(&sequence);
+  } else {
+    Run(sequence, plan, now);
   }
 }
 
@@ -193,38 +244,37 @@ bool Scheduler::StartLoading(Sequence& sequence, std::span<const BlockKey> below
 }
 
 void Scheduler::Loaded() {
-  for (std::size_t i = 0; i < loading_.size();) {
-    Sequence& sequence = *loading_[i];
+  std::erase_if(loading_, [&](Sequence* const sequence) {
     const auto is_pending = [](const auto& each) { return each->state == Restoring::State::kPending; };
-    if (std::ranges::any_of(sequence.restoring, is_pending)) {
-      ++i;
-      continue;
-    }
+    if (std::ranges::any_of(sequence->restoring, is_pending)) return false;
     const auto is_lost = [](const auto& each) { return each->state == Restoring::State::kFailed; };
-    const auto lost = std::ranges::find_if(sequence.restoring, is_lost);
-    const auto num_sound = static_cast<std::int32_t>(lost - sequence.restoring.begin());
-    sequence.num_published += num_sound;
-    if (!sequence.was_scheduled) sequence.num_cached_below = num_sound * kBlockTokens;
-    sequence.num_computed = sequence.num_published * kBlockTokens;
-    sequence.restoring.clear();
-    while (static_cast<std::int32_t>(sequence.blocks.size()) > sequence.num_published) sequence.blocks.pop_back();
-    ready_.push_back(std::move(loading_[i]));
-    loading_.erase(loading_.begin() + static_cast<std::ptrdiff_t>(i));
-  }
+    const auto lost = std::ranges::find_if(sequence->restoring, is_lost);
+    const auto num_sound = static_cast<std::int32_t>(lost - sequence->restoring.begin());
+    sequence->num_published += num_sound;
+    if (!sequence->was_scheduled) sequence->num_cached_below = num_sound * kBlockTokens;
+    sequence->num_computed = sequence->num_published * kBlockTokens;
+    sequence->restoring.clear();
+    while (static_cast<std::int32_t>(sequence->blocks.size()) > sequence->num_published) sequence->blocks.pop_back();
+    sequence->place = Place::kReady;
+    ready_.push_back(sequence);
+    return true;
+  });
 }
 
-void Scheduler::Run(std::unique_ptr<Sequence> admitted, StepPlan& plan, double now) {
-  Sequence& sequence = *admitted;
+void Scheduler::Run(Sequence& sequence, StepPlan& plan, double now) {
   if (!sequence.was_scheduled) {
     sequence.was_scheduled = true;
     sequence.scheduled_at = now;
     sequence.num_cached = sequence.num_computed;
     if (sequence.request.sink) sequence.request.sink->OnScheduled(sequence.num_cached);
   }
-  running_.push_back(std::move(admitted));
-  Claim(sequence);
+  sequence.place = Place::kRunning;
+  running_.push_back(&sequence);
+  ClaimKeys(sequence);
   const std::int32_t chunk = ChunkOf(sequence, plan);
   if (Reserve(sequence, chunk, plan)) Schedule(sequence, chunk, plan);
+  if (plan.num_preempted > 0)
+    std::erase_if(running_, [](const Sequence* each) { return each->place != Place::kRunning; });
 }
 
 void Scheduler::Computed(const StepPlan& plan) {
@@ -238,30 +288,32 @@ void Scheduler::Computed(const StepPlan& plan) {
       const auto i = static_cast<std::size_t>(sequence.num_published);
       const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(i * kBlockTokens, kBlockTokens);
       store_.Publish(sequence.blocks[i], sequence.keys[i], tokens);
-      if (sequence.num_published < sequence.num_claimed && --claims_[sequence.keys[i]] == 0)
-        claims_.erase(sequence.keys[i]);
+      if (sequence.num_published < sequence.num_claimed) Unclaim(sequence.keys[i]);
     }
   }
 }
 
 std::unique_ptr<Sequence> Scheduler::Remove(Sequence* sequence) {
-  by_id_.erase(sequence->request.id);
-  const auto is_it = [&](const std::unique_ptr<Sequence>& each) { return each.get() == sequence; };
-  std::unique_ptr<Sequence> removed;
-  if (const auto running = std::ranges::find_if(running_, is_it); running != running_.end()) {
-    removed = std::move(*running);
-    running_.erase(running);
-  } else if (const auto loading = std::ranges::find_if(loading_, is_it); loading != loading_.end()) {
-    removed = std::move(*loading);
-    loading_.erase(loading);
-  } else if (const auto ready = std::ranges::find_if(ready_, is_it); ready != ready_.end()) {
-    removed = std::move(*ready);
-    ready_.erase(ready);
-  } else {
-    const auto waiting = std::ranges::find_if(waiting_, is_it);
-    SPILLWAY_CHECK(waiting != waiting_.end());
-    removed = std::move(*waiting);
-    waiting_.erase(waiting);
+  const auto found = by_id_.find(sequence->request.id);
+  SPILLWAY_CHECK(found != by_id_.end());
+  std::unique_ptr<Sequence> removed = std::move(found->second);
+  by_id_.erase(found);
+  switch (sequence->place) {
+    case Place::kWaiting:
+      waiting_.erase(sequence);
+      break;
+    case Place::kAwaiting:
+      std::erase(claims_.at(sequence->awaited).awaiting, sequence);
+      break;
+    case Place::kLoading:
+      std::erase(loading_, sequence);
+      break;
+    case Place::kReady:
+      std::erase(ready_, sequence);
+      break;
+    case Place::kRunning:
+      running_.erase(std::ranges::find(running_, sequence));
+      break;
   }
   GiveUpBlocks(*removed);
   return removed;
@@ -280,50 +332,65 @@ void Scheduler::GrowKeys(Sequence& sequence) const {
   }
 }
 
-void Scheduler::Claim(Sequence& sequence) {
+void Scheduler::ClaimKeys(Sequence& sequence) {
   if (!options_.enable_prefix_caching) return;
   sequence.num_claimed = static_cast<std::int32_t>(sequence.keys.size());
-  for (std::int32_t i = sequence.num_published; i < sequence.num_claimed; ++i)
-    ++claims_[sequence.keys[static_cast<std::size_t>(i)]];
+  for (std::int32_t i = sequence.num_published; i < sequence.num_claimed; ++i) {
+    ++claims_[sequence.keys[static_cast<std::size_t>(i)]].num_claimants;
+  }
 }
 
-void Scheduler::Unclaim(Sequence& sequence) {
-  for (std::int32_t i = sequence.num_published; i < sequence.num_claimed; ++i) {
-    const BlockKey& key = sequence.keys[static_cast<std::size_t>(i)];
-    if (--claims_[key] == 0) claims_.erase(key);
-  }
-  sequence.num_claimed = 0;
+void Scheduler::Unclaim(const BlockKey& key) {
+  const auto claim = claims_.find(key);
+  if (--claim->second.num_claimants > 0) return;
+  for (Sequence* const sequence : claim->second.awaiting) Wait(*sequence);
+  claims_.erase(claim);
 }
 
 std::vector<Sequence*> Scheduler::All() const {
-  std::vector<Sequence*> all;
+  std::vector<Sequence*> all = running_;
   all.reserve(by_id_.size());
-  for (const auto& sequence : running_) all.push_back(sequence.get());
-  for (const auto& sequence : ready_) all.push_back(sequence.get());
-  for (const auto& sequence : loading_) all.push_back(sequence.get());
-  for (const auto& sequence : waiting_) all.push_back(sequence.get());
+  all.insert(all.end(), ready_.begin(), ready_.end());
+  all.insert(all.end(), loading_.begin(), loading_.end());
+  const auto num_admitted = static_cast<std::ptrdiff_t>(all.size());
+  all.insert(all.end(), waiting_.begin(), waiting_.end());
+  for (const auto& [key, claim] : claims_) all.insert(all.end(), claim.awaiting.begin(), claim.awaiting.end());
+  std::sort(all.begin() + num_admitted, all.end(), FirstInRank());
   return all;
 }
 
 Sequence* Scheduler::Find(std::uint64_t id) const {
   const auto found = by_id_.find(id);
-  return found == by_id_.end() ? nullptr : found->second;
+  return found == by_id_.end() ? nullptr : found->second.get();
 }
 
 void Scheduler::CheckInvariants() const {
   store_.CheckInvariants();
-  SPILLWAY_CHECK(by_id_.size() == running_.size() + ready_.size() + loading_.size() + waiting_.size());
-  for (const auto& sequence : waiting_) {
-    SPILLWAY_CHECK(sequence->blocks.empty() && sequence->num_computed == 0 && sequence->num_claimed == 0);
-  }
-  for (const auto& sequence : loading_) {
+  const std::vector<Sequence*> all = All();
+  SPILLWAY_CHECK(by_id_.size() == all.size());
+  const auto count = [&](Place place) {
+    return static_cast<std::size_t>(std::ranges::count(all, place, &Sequence::place));
+  };
+  SPILLWAY_CHECK(count(Place::kWaiting) == waiting_.size() && count(Place::kRunning) == running_.size());
+  SPILLWAY_CHECK(count(Place::kLoading) == loading_.size() && count(Place::kReady) == ready_.size());
+  for (const Sequence* const sequence : all) {
     const auto published = static_cast<std::size_t>(sequence->num_published);
-    SPILLWAY_CHECK(sequence->blocks.size() == published + sequence->restoring.size() && sequence->num_claimed == 0);
-  }
-  for (const auto& sequence : running_) {
-    const auto held = static_cast<std::int32_t>(sequence->blocks.size()) * kBlockTokens;
-    SPILLWAY_CHECK(sequence->num_computed + sequence->num_planned <= held);
-    SPILLWAY_CHECK(sequence->num_published * kBlockTokens <= sequence->num_computed);
+    switch (sequence->place) {
+      case Place::kWaiting:
+      case Place::kAwaiting:
+        SPILLWAY_CHECK(sequence->blocks.empty() && sequence->num_computed == 0 && sequence->num_claimed == 0);
+        break;
+      case Place::kLoading:
+      case Place::kReady:
+        SPILLWAY_CHECK(sequence->blocks.size() == published + sequence->restoring.size());
+        SPILLWAY_CHECK(sequence->num_claimed == 0);
+        break;
+      case Place::kRunning:
+        SPILLWAY_CHECK(sequence->num_computed + sequence->num_planned <=
+                       static_cast<std::int32_t>(sequence->blocks.size()) * kBlockTokens);
+        SPILLWAY_CHECK(sequence->num_published * kBlockTokens <= sequence->num_computed);
+        break;
+    }
   }
   SPILLWAY_CHECK(!running_.empty() || claims_.empty());
   SPILLWAY_CHECK(has_work() || store_.has_transfers() || store_.num_held() == 0);

@@ -3,19 +3,20 @@
 // Scheduler: chooses each step's StepPlan under a token and a block budget. No device, no clock, no randomness of its
 // own.
 //
-//   waiting  in order of arrival; preempted sequences go to the front
-//   loading  part of the prefix is coming up from a lower tier; holds blocks
-//   ready    it has come (as much of it as was sound); holds blocks
-//   running  in order of admission; holds blocks
+//   waiting   in rank order (see Sequence): by priority where the policy says so, then by arrival
+//   awaiting  a running sequence is computing part of its prefix; waits again once that is published or given up
+//   loading   part of the prefix is coming up from a lower tier; holds blocks
+//   ready     it has come (as much of it as was sound); holds blocks
+//   running   in order of admission; holds blocks
 //
 // A step serves decoding sequences first, then running prefills, then ready ones, then admits from waiting. A running
-// sequence that finds no block revokes the newest loads, then preempts the newest runner (itself at last), whose
-// published blocks stay findable, here or below. The oldest runner is never preempted for another, and every accepted
-// sequence fits the pool alone: so some sequence always progresses. A plan is empty only while transfers are about to
-// give blocks back or bring them up.
+// sequence that finds no block revokes the newest loads, then preempts the runner of the last rank (itself if that is
+// it), whose published blocks stay findable, here or below. The runner of the first rank is never preempted for
+// another, and every accepted sequence fits the pool alone: so some sequence always progresses. A plan is empty only
+// while transfers are about to give blocks back or bring them up.
 //
-// Two sequences with the same prefix do not compute it twice: one waits while a running one is about to publish its
-// next block.
+// A waiting sequence that found no room is looked at again only once as many blocks are available as it lacked: what
+// waits costs a step nothing.
 //
 // Engine thread only.
 
@@ -26,8 +27,10 @@
 #include <span>
 #include <vector>
 
+#include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
 #include "engine/engine.h"
+#include "engine/scheduling_policy.h"
 #include "engine/sequence.h"
 #include "engine/step_plan.h"
 #include "kvstore/kv_store.h"
@@ -41,6 +44,7 @@ class Scheduler {
     std::int32_t max_num_batched_tokens = 2048;
     std::int32_t long_prefill_token_threshold = 0;  // 0 = the budget
     bool enable_prefix_caching = true;
+    SchedulingPolicy policy = SchedulingPolicy::kFcfs;
   };
 
   // `store` outlives the scheduler. `chain` names blocks.
@@ -58,7 +62,7 @@ class Scheduler {
   // The sequence goes, its blocks with it. The caller has told the sink.
   std::unique_ptr<Sequence> Remove(Sequence* sequence);
 
-  // Every sequence, running first.
+  // Every sequence: running, ready, loading, then the others in rank order.
   std::vector<Sequence*> All() const;
   Sequence* Find(std::uint64_t id) const;
 
@@ -70,33 +74,48 @@ class Scheduler {
   void CheckInvariants() const;
 
  private:
+  // A block that running sequences will publish, and who awaits that.
+  struct Claim {
+    std::int32_t num_claimants = 0;
+    std::vector<Sequence*> awaiting;
+  };
+
+  void PlanRunning(StepPlan& plan);
   bool Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan);
   bool RevokeNewestLoad();
-  void PreemptNewest(StepPlan& plan);
+  Sequence& LastRunner() const;
+  void Preempt(Sequence& victim, StepPlan& plan);
   void Schedule(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan);
-  void Unschedule(Sequence& sequence, StepPlan& plan);
-  bool HasRoomFor(const Sequence& sequence, std::size_t num_held_blocks) const;
+  static void Unschedule(Sequence& sequence, StepPlan& plan);
+  bool HasRoomFor(const Sequence& sequence) const;
+  bool IsIdle() const { return running_.empty() && loading_.empty() && ready_.empty(); }
   void AdmitReady(StepPlan& plan, double now);
   void Admit(StepPlan& plan, double now);
+  bool AwaitClaim(Sequence& sequence, std::span<const BlockKey> missing);
+  void Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockKey> missing, double now);
+  bool Matches(const Sequence& sequence) const;
+  std::span<const BlockKey> MatchableKeys(const Sequence& sequence) const;
   bool StartLoading(Sequence& sequence, std::span<const BlockKey> below);
-  void Run(std::unique_ptr<Sequence> sequence, StepPlan& plan, double now);
-  void BackToWaiting(std::unique_ptr<Sequence> sequence);
+  void Run(Sequence& sequence, StepPlan& plan, double now);
+  void Wait(Sequence& sequence);
+  void BackToWaiting(Sequence& sequence);
   void GiveUpBlocks(Sequence& sequence);
   std::int32_t ChunkOf(const Sequence& sequence, const StepPlan& plan) const;
   void GrowKeys(Sequence& sequence) const;
-  void Claim(Sequence& sequence);
-  void Unclaim(Sequence& sequence);
+  void ClaimKeys(Sequence& sequence);
+  void Unclaim(const BlockKey& key);
 
   KvStore& store_;
   const KeyChain& chain_;
   const Options options_;
   EngineObserver* const observer_;
-  std::deque<std::unique_ptr<Sequence>> waiting_;
-  std::vector<std::unique_ptr<Sequence>> loading_;
-  std::deque<std::unique_ptr<Sequence>> ready_;
-  std::vector<std::unique_ptr<Sequence>> running_;
-  absl::flat_hash_map<std::uint64_t, Sequence*> by_id_;
-  absl::flat_hash_map<BlockKey, std::int32_t> claims_;  // blocks that running sequences will publish
+  absl::flat_hash_map<std::uint64_t, std::unique_ptr<Sequence>> by_id_;
+  absl::btree_set<Sequence*, FirstInRank> waiting_;
+  std::vector<Sequence*> loading_;
+  std::deque<Sequence*> ready_;
+  std::vector<Sequence*> running_;
+  absl::flat_hash_map<BlockKey, Claim> claims_;
+  std::uint64_t num_arrived_ = 0;
 };
 
 }  // namespace spillway

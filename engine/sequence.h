@@ -7,7 +7,9 @@
 //
 // A loading sequence waits for restores of blocks [num_published, blocks). A running sequence computes [num_computed,
 // size); the step that reaches size samples the next token. Preemption sets num_computed to 0 and keeps the tokens:
-// what was sampled is computed again as prompt, never sampled again. Engine thread only.
+// what was sampled is computed again as prompt, never sampled again.
+//
+// Its rank among others is (rank, arrival), lower first. Engine thread only.
 
 #include <cstdint>
 #include <memory>
@@ -19,6 +21,9 @@
 #include "kvstore/kv_store.h"
 
 namespace spillway {
+
+// The queue of the Scheduler that holds it.
+enum class Place : std::uint8_t { kWaiting, kAwaiting, kLoading, kReady, kRunning };
 
 struct Sequence {
   SequenceRequest request;
@@ -32,6 +37,11 @@ struct Sequence {
   std::int32_t num_planned = 0;    // tokens in the step being planned or run
   std::int32_t num_claimed = 0;    // keys [num_published, num_claimed) are announced as being computed
   std::vector<std::shared_ptr<Restoring>> restoring;  // one per block at the end of `blocks`, while loading
+  Place place = Place::kWaiting;
+  std::int32_t rank = 0;         // the request's priority where the policy heeds it, else 0
+  std::uint64_t arrival = 0;     // 1, 2, ... in order of arrival
+  BlockKey awaited;              // while awaiting: the last block of its prefix that is being computed
+  std::int64_t num_lacking = 0;  // while waiting, after it found no room: available blocks it takes to look again
   bool was_scheduled = false;
 
   // Seconds on the engine's clock; 0 = not yet.
@@ -45,6 +55,12 @@ struct Sequence {
   std::int32_t size() const { return static_cast<std::int32_t>(tokens.size()); }
   std::int32_t num_outputs() const { return size() - num_prompt; }
   std::int32_t num_uncomputed() const { return size() - num_computed; }
+};
+
+struct FirstInRank {
+  bool operator()(const Sequence* a, const Sequence* b) const {
+    return a->rank != b->rank ? a->rank < b->rank : a->arrival < b->arrival;
+  }
 };
 
 }  // namespace spillway

@@ -189,6 +189,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   engine.max_num_batched_tokens = static_cast<std::int32_t>(options.scheduling.max_num_batched_tokens);
   engine.long_prefill_token_threshold = static_cast<std::int32_t>(options.scheduling.long_prefill_token_threshold);
   engine.max_queued_requests = static_cast<std::int32_t>(options.scheduling.max_num_queued_reqs);
+  engine.scheduling_policy = SchedulingPolicyNamed(options.scheduling.policy).value();
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;
   engine.prefix_hash_seed = options.cache.prefix_hash_seed;
   engine.stall_timeout = absl::Seconds(options.life.engine_stall_timeout);

@@ -15,7 +15,7 @@ constexpr std::string_view kStructured = "structured output is not built";
 constexpr std::string_view kTools = "tool calls and reasoning parsers are not built";
 constexpr std::string_view kTls = "TLS is not built; put a proxy in front";
 constexpr std::string_view kTiers = "KV tiers below the device are not built";
-constexpr std::string_view kPolicies = "the scheduler is first come, first served; other policies are not built";
+constexpr std::string_view kPolicies = "the scheduler has no such policy; see --scheduling-policy";
 constexpr std::string_view kEvents = "KV events are not built";
 constexpr std::string_view kPython = "there is no Python in this process";
 constexpr std::string_view kTorch = "there is no PyTorch and no compiler in this process; kernels are fixed";
@@ -126,7 +126,6 @@ constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"cpu-offload-gb", kTiers},
     {"swap-space", kTiers},
     {"kv-sharing-fast-prefill", kTiers},
-    {"scheduling-policy", kPolicies},
     {"scheduler-cls", kPolicies},
     {"max-num-partial-prefills", kPolicies},
     {"max-long-partial-prefills", kPolicies},

@@ -1,5 +1,7 @@
 #include "server/option_table.h"
 
+#include "engine/scheduling_policy.h"
+
 namespace spillway {
 namespace {
 
@@ -199,6 +201,13 @@ std::vector<OptionRow> MakeTable() {
        .vllm = "PYTHONHASHSEED",
        .environment = "PYTHONHASHSEED"},
       // Scheduling
+      {.name = "scheduling-policy",
+       .commands = kEngines,
+       .target = SPILLWAY_AT(scheduling.policy),
+       .choices = {kSchedulingPolicyNames.begin(), kSchedulingPolicyNames.end()},
+       .group = "Scheduling",
+       .help = "Who is admitted first: fcfs by arrival; priority by the requests' `priority`, lower first.",
+       .vllm = "--scheduling-policy"},
       {.name = "max-num-seqs",
        .commands = kEngines,
        .kind = kCount,

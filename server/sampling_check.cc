@@ -101,20 +101,23 @@ std::optional<std::string> FieldOf(const absl::Status& status) {
 }
 
 absl::Status CheckRequest(const GenerationRequest& request, const ServiceOptions& options, std::int32_t vocab,
-                          std::int32_t max_model_len) {
+                          const EngineOptions& engine) {
   if (request.request_id.size() > kMaxRequestIdBytes) {
     return InvalidField("request_id", absl::StrCat("request_id has ", request.request_id.size(), " bytes, at most ",
                                                    kMaxRequestIdBytes, " are allowed"));
   }
   RETURN_IF_ERROR(ExpectIn("n", request.n, 1, options.max_choices));
   RETURN_IF_ERROR(CheckSampling(request));
-  RETURN_IF_ERROR(CheckLengths(request, max_model_len));
+  RETURN_IF_ERROR(CheckLengths(request, engine.max_model_len));
   RETURN_IF_ERROR(CheckStops(request, vocab));
-  if (request.priority != 0) {
-    return InvalidField("priority",
-                        absl::StrCat("priority ", request.priority,
-                                     " needs --scheduling-policy priority, which is not built yet; it must be 0"));
+  if (engine.scheduling_policy != SchedulingPolicy::kPriority && request.priority != 0) {
+    return InvalidField("priority", absl::StrCat("priority is ", request.priority,
+                                                 "; other than 0 it needs --scheduling-policy priority, and this "
+                                                 "server runs ",
+                                                 std::string(NameOf(engine.scheduling_policy))));
   }
+  RETURN_IF_ERROR(ExpectIn("priority", request.priority, std::numeric_limits<std::int32_t>::min(),
+                           std::numeric_limits<std::int32_t>::max()));
   if (const auto* text = std::get_if<std::string>(&request.prompt); text != nullptr) {
     if (text->size() > options.max_prompt_bytes) {
       return InvalidField("prompt", absl::StrCat("the prompt has ", text->size(), " bytes, at most ",

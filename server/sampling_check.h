@@ -20,7 +20,7 @@ inline constexpr std::size_t kMaxRequestIdBytes = 256;
 
 // Everything that can be said before tokenizing. Errors name field, value and limit.
 absl::Status CheckRequest(const GenerationRequest& request, const ServiceOptions& options, std::int32_t vocab,
-                          std::int32_t max_model_len);
+                          const EngineOptions& engine);
 
 // Cuts `prompt` as truncate_prompt_tokens says, checks lengths and ids, fills in what the request leaves unset.
 //   OUT_OF_RANGE  prompt and max_tokens do not fit max_model_len: names all three

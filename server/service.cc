@@ -444,7 +444,7 @@ class PooledService : public Service, private GenerationHost {
     RETURN_IF_ERROR(CheckModel(request.model));
     const EngineStatus status = engine_.status();
     if (!status.is_alive) return absl::UnavailableError(absl::StrCat("the engine is not running: ", status.failure));
-    return CheckRequest(request, options_, engine_.model().config().vocab, engine_.options().max_model_len);
+    return CheckRequest(request, options_, engine_.model().config().vocab, engine_.options());
   }
 
   std::vector<std::shared_ptr<LiveGeneration>> Live() const {

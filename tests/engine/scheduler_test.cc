@@ -1,7 +1,9 @@
 // Scenario tests: text files that drive Scheduler and KvStore with a runner that computes nothing.
 //
-//   pool B seqs S budget T chunk C [caching off]     once, first
-//   submit NAME PROMPT out N [same NAME2 SHARED]     prompt tokens are unique to NAME; the first SHARED equal NAME2's
+//   pool B seqs S budget T chunk C [caching off] [policy P]     once, first
+//   submit NAME PROMPT out N [same NAME2 SHARED] [priority P]   prompt tokens are unique to NAME; the first SHARED
+//   equal
+//                                                               NAME2's
 //   cancel NAME
 //   reset                                            forget cold blocks
 //   step: LIST [; wait LIST] [; preempted N] [; done LIST] [; hit N]
@@ -33,7 +35,8 @@ constexpr KvLayout kTinyLayout{.num_layers = 1, .num_kv_heads = 1, .head_dim = 2
 
 class World {
  public:
-  World(std::uint32_t pool, std::int32_t seqs, std::int32_t budget, std::int32_t chunk, bool caching)
+  World(std::uint32_t pool, std::int32_t seqs, std::int32_t budget, std::int32_t chunk, bool caching,
+        SchedulingPolicy policy)
       : device_(*MakeCpuDevice({})),
         host_(MakeNullHostTier()),
         store_(*KvStore::Make(*device_, *host_,
@@ -47,12 +50,14 @@ class World {
                    {.max_num_seqs = seqs,
                     .max_num_batched_tokens = budget,
                     .long_prefill_token_threshold = chunk,
-                    .enable_prefix_caching = caching},
+                    .enable_prefix_caching = caching,
+                    .policy = policy},
                    nullptr) {}
 
   void Submit(const std::string& name, std::int32_t prompt, std::int32_t out, const std::string& same,
-              std::int32_t shared) {
+              std::int32_t shared, std::int32_t priority) {
     auto sequence = std::make_unique<Sequence>();
+    sequence->request.priority = priority;
     sequence->request.id = next_id_++;
     sequence->request.sampling.max_tokens = out;
     for (std::int32_t i = 0; i < prompt; ++i)
@@ -122,6 +127,10 @@ class World {
   std::map<std::uint64_t, bool> seen_;
 };
 
+void ReadPairs(std::istream& words, std::map<std::string, std::string>& pairs) {
+  for (std::string key; words >> key;) words >> pairs.at(key);
+}
+
 void RunScenario(const std::string& path) {
   std::ifstream file(path);
   std::unique_ptr<World> world;
@@ -139,17 +148,24 @@ void RunScenario(const std::string& path) {
       std::int32_t seqs = 0;
       std::int32_t budget = 0;
       std::int32_t chunk = 0;
-      std::string caching;
-      words >> pool >> skip >> seqs >> skip >> budget >> skip >> chunk >> skip >> caching;
-      world = std::make_unique<World>(pool, seqs, budget, chunk, caching != "off");
+      words >> pool >> skip >> seqs >> skip >> budget >> skip >> chunk;
+      std::map<std::string, std::string> others = {{"caching", "on"}, {"policy", "fcfs"}};
+      ReadPairs(words, others);
+      world = std::make_unique<World>(pool, seqs, budget, chunk, others["caching"] == "on",
+                                      SchedulingPolicyNamed(others["policy"]).value());
     } else if (verb == "submit") {
       std::string name;
-      std::string same;
       std::int32_t prompt = 0;
       std::int32_t out = 0;
+      words >> name >> prompt >> skip >> out;
+      std::string same;
       std::int32_t shared = 0;
-      words >> name >> prompt >> skip >> out >> skip >> same >> shared;
-      world->Submit(name, prompt, out, same, shared);
+      std::int32_t priority = 0;
+      for (std::string key; words >> key;) {
+        if (key == "same") words >> same >> shared;
+        if (key == "priority") words >> priority;
+      }
+      world->Submit(name, prompt, out, same, shared, priority);
     } else if (verb == "cancel") {
       std::string name;
       words >> name;

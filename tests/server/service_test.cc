@@ -128,6 +128,18 @@ TEST_F(ServiceTest, RefusesWhatIsOutOfRangeByName) {
   EXPECT_TRUE(engine_->submitted().empty());
 }
 
+TEST_F(ServiceTest, PriorityReachesTheEngineUnderItsPolicyAndMustFit) {
+  engine_options_.engine.scheduling_policy = SchedulingPolicy::kPriority;
+  Make();
+  GenerationRequest request = Text("hi", 1);
+  request.priority = -7;
+  EXPECT_TRUE(Generate(request)->Await().ok());
+  ASSERT_EQ(engine_->submitted().size(), 1U);
+  EXPECT_EQ(engine_->submitted().front().priority, -7);
+  request.priority = std::int64_t{1} << 31;
+  EXPECT_THAT(std::string(Generate(request)->Await().message()), HasSubstr("2147483648"));
+}
+
 TEST_F(ServiceTest, OverLongPromptsNameBothLengthsAndTheLimit) {
   Make();
   auto heard = Generate(Text(std::string(4000, 'x'), 200));
