@@ -1,9 +1,8 @@
 #include "kernels/cpu/stream.h"
 
-#include <cstring>
 #include <utility>
 
-#include "kernels/check.h"
+#include "kernels/cpu/copy.h"
 #include "kernels/cpu/spin.h"
 
 namespace spillway::cpu {
@@ -81,7 +80,7 @@ void CpuStream::Enqueue(Work work) {
 
 void CpuStream::Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) {
   Push([this, to, from, size_bytes] {
-    if (!failed_ && size_bytes != 0) std::memcpy(to, from, size_bytes);
+    if (!failed_) CopySpan(to, from, size_bytes);
   });
 }
 

@@ -60,6 +60,24 @@ TEST(DeviceTest, DescribesItself) {
   }
 }
 
+TEST(DeviceTest, CopiesEverySizeAndAlignment) {
+  constexpr std::size_t kMost = 40'000;
+  std::vector<std::byte> from(kMost + 64);
+  for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i * 131 >> 3);
+  const auto device = MakeDevice();
+  const auto stream = device->NewStream().value();
+  for (const std::size_t size : {0UL, 1UL, 63UL, 64UL, 16'383UL, 16'384UL, 16'385UL, kMost}) {
+    for (const std::size_t skew : {0UL, 1UL, 32UL}) {
+      const Buffer to = device->Allocate(MemoryKind::kDevice, kMost + 128).value();
+      stream->Copy(to.get() + skew, from.data() + skew, size);
+      ASSERT_TRUE(stream->Record()->Await().ok());
+      EXPECT_EQ(std::memcmp(to.get() + skew, from.data() + skew, size), 0) << size << " bytes, skewed by " << skew;
+      for (std::size_t i = 0; i < skew; ++i) EXPECT_EQ(to.get()[i], std::byte{0});
+      EXPECT_EQ(to.get()[skew + size], std::byte{0}) << size;
+    }
+  }
+}
+
 TEST(DeviceTest, MemoryIsBoundedZeroedAlignedAndGivenBack) {
   CpuDeviceOptions options;
   options.memory_bytes = std::size_t{8} << 20;

@@ -1,0 +1,55 @@
+#include "kernels/cpu/copy.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/cpu/tsan.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace spillway::cpu {
+namespace {
+
+#if defined(__SSE2__)
+constexpr std::size_t kLeastStreamedBytes = std::size_t{16} << 10;
+constexpr std::size_t kLineBytes = 64;
+constexpr std::size_t kPrefetchBytes = 2048;
+
+void StreamLines(std::byte* to, const std::byte* from, std::size_t size_bytes) {
+  DeclareRead(from, size_bytes);
+  DeclareWrite(to, size_bytes);
+  for (std::size_t at = 0; at < size_bytes; at += kLineBytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + at + kPrefetchBytes), _MM_HINT_T0);
+    const auto* const source = reinterpret_cast<const __m128i*>(from + at);
+    auto* const target = reinterpret_cast<__m128i*>(to + at);
+    const __m128i first = _mm_loadu_si128(source);
+    const __m128i second = _mm_loadu_si128(source + 1);
+    const __m128i third = _mm_loadu_si128(source + 2);
+    const __m128i fourth = _mm_loadu_si128(source + 3);
+    _mm_stream_si128(target, first);
+    _mm_stream_si128(target + 1, second);
+    _mm_stream_si128(target + 2, third);
+    _mm_stream_si128(target + 3, fourth);
+  }
+  _mm_sfence();  // such writes are not ordered before the store that tells of them
+}
+#endif
+
+}  // namespace
+
+void CopySpan(std::byte* to, const std::byte* from, std::size_t size_bytes) {
+#if defined(__SSE2__)
+  if (size_bytes >= kLeastStreamedBytes && reinterpret_cast<std::uintptr_t>(to) % kLineBytes == 0) {
+    const std::size_t streamed = size_bytes / kLineBytes * kLineBytes;
+    StreamLines(to, from, streamed);
+    to += streamed;
+    from += streamed;
+    size_bytes -= streamed;
+  }
+#endif
+  if (size_bytes != 0) std::memcpy(to, from, size_bytes);
+}
+
+}  // namespace spillway::cpu
