@@ -63,6 +63,8 @@ class BlockPool {
   std::uint32_t refs(BlockId id) const { return slot(id).refs; }
   bool is_retained(BlockId id) const { return slot(id).retained; }
 
+  std::size_t memory_bytes() const { return slots_.capacity() * sizeof(Slot) + free_.capacity() * sizeof(free_[0]); }
+
   void CheckInvariants() const;
 
  private:

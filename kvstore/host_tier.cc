@@ -144,6 +144,9 @@ class DramTier : public HostTier {
     stats.resident_bytes = stats.resident_blocks * static_cast<std::int64_t>(options_.block_bytes);
     stats.capacity_bytes =
         static_cast<std::int64_t>(options_.num_blocks) * static_cast<std::int64_t>(options_.block_bytes);
+    stats.bookkeeping_bytes = static_cast<std::int64_t>(
+        pool_.memory_bytes() + index_.memory_bytes() + checksums_.capacity() * sizeof(checksums_[0]) +
+        sightings_.capacity() * (sizeof(decltype(sightings_)::value_type) + 1));
     return stats;
   }
 

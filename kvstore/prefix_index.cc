@@ -29,6 +29,12 @@ void PrefixIndex::Erase(BlockId block) {
   key_of_.erase(found);
 }
 
+std::size_t PrefixIndex::memory_bytes() const {
+  constexpr std::size_t kControlBytes = 1;  // of a flat_hash_map, per slot
+  return entries_.capacity() * (sizeof(decltype(entries_)::value_type) + kControlBytes) +
+         key_of_.capacity() * (sizeof(decltype(key_of_)::value_type) + kControlBytes);
+}
+
 void PrefixIndex::CheckInvariants(const BlockPool& pool) const {
   SPILLWAY_CHECK(entries_.size() == key_of_.size());
   for (const auto& [key, entry] : entries_) {

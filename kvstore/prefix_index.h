@@ -26,6 +26,7 @@ class PrefixIndex {
   void Erase(BlockId block);  // a block that is in the index
   bool Contains(BlockId block) const { return key_of_.contains(block); }
   std::size_t size() const { return entries_.size(); }
+  std::size_t memory_bytes() const;  // all that the index takes
 
   void CheckInvariants(const BlockPool& pool) const;  // entries and retained blocks are the same set
 

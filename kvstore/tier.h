@@ -31,6 +31,7 @@ struct TierStats {
   std::int64_t resident_blocks = 0;
   std::int64_t resident_bytes = 0;
   std::int64_t capacity_bytes = 0;
+  std::int64_t bookkeeping_bytes = 0;  // memory beside the blocks' own bytes
 };
 
 // Any thread. The destructor waits for what is in flight.

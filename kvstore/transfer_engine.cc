@@ -1,7 +1,9 @@
 #include "kvstore/transfer_engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
+#include <optional>
 #include <utility>
 
 #include "kernels/check.h"
@@ -69,63 +71,101 @@ TransferStats TransferEngine::stats(Transfer::Kind kind) const {
 }
 
 void TransferEngine::Loop() {
-  while (true) {
-    Transfer next;
-    {
-      std::unique_lock lock(mutex_);
-      if (in_flight_.empty()) {
-        changed_.wait(
-            lock, [this] { return !restores_.empty() || !stores_.empty() || (is_stopping_ && num_fetching_ == 0); });
-        if (is_stopping_ && num_fetching_ == 0) return;
-      }
-      if (in_flight_.size() < static_cast<std::size_t>(options_.depth) && !is_stopping_) {
-        std::deque<Transfer>& queue = restores_.empty() ? stores_ : restores_;
-        if (!queue.empty()) {
-          next = std::move(queue.front());
-          queue.pop_front();
-        }
-      } else if (is_stopping_ && in_flight_.empty()) {
-        restores_.clear();
-        stores_.clear();
-      }
-    }
-    if (next.id != 0) {
-      Begin(std::move(next), Now());
-    } else if (!in_flight_.empty()) {
-      InFlight front = std::move(in_flight_.front());
-      in_flight_.pop_front();
-      absl::Status status = front.event->Await();
-      AwaitPacedLink(front.begun);
-      const double now = Now();
-      const double busy_since = std::max(front.begun, last_completed_at_);  // it shared the link with the one before it
-      last_completed_at_ = now;
-      Complete(std::move(front.transfer), std::move(status), now - busy_since);
-    }
+  while (AwaitWork()) {
+    Fill();
+    if (in_flight_.empty()) continue;
+    Batch front = std::move(in_flight_.front());
+    in_flight_.pop_front();
+    const absl::Status status = front.event->Await();
+    Fill();  // the stream goes on while this batch is taken in
+    Finish(std::move(front), status);
   }
 }
 
-void TransferEngine::Begin(Transfer transfer, double now) {
+bool TransferEngine::AwaitWork() {
+  if (!in_flight_.empty()) return true;
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock,
+                [this] { return !restores_.empty() || !stores_.empty() || (is_stopping_ && num_fetching_ == 0); });
+  if (is_stopping_) {
+    restores_.clear();
+    stores_.clear();
+    return num_fetching_ > 0;
+  }
+  // What is capped waits here, so that a restore that comes meanwhile goes first.
+  const std::chrono::duration<double> early(cap_free_at_ - Now());
+  if (early.count() > 0) changed_.wait_for(lock, early, [this] { return is_stopping_; });
+  return true;
+}
+
+// Launches batches until the stream has enough to do.
+void TransferEngine::Fill() {
+  while (in_flight_.size() < options_.depth && Now() >= cap_free_at_) {
+    std::vector<Transfer> taken = TakeQueued();
+    if (taken.empty()) return;
+    std::erase_if(taken, [this](Transfer& transfer) { return !Prepare(transfer); });
+    if (!taken.empty()) Launch(std::move(taken));
+  }
+}
+
+// The next batch's worth: of restores, else of stores.
+std::vector<Transfer> TransferEngine::TakeQueued() {
+  const std::lock_guard lock(mutex_);
+  std::vector<Transfer> taken;
+  if (is_stopping_) return taken;
+  std::deque<Transfer>& queue = restores_.empty() ? stores_ : restores_;
+  const std::size_t most_bytes = restores_.empty() ? options_.store_batch_bytes : options_.restore_batch_bytes;
+  const std::size_t count = std::min(queue.size(), std::max<std::size_t>(1, most_bytes / options_.block_bytes));
+  taken.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    taken.push_back(std::move(queue.front()));
+    queue.pop_front();
+  }
+  return taken;
+}
+
+// False: it has ended already, or is fetched from a lower tier first.
+bool TransferEngine::Prepare(Transfer& transfer) {
   const bool is_restore = transfer.kind == Transfer::Kind::kRestore;
   if (is_restore && !transfer.slot) {
-    if (std::optional<HostSlot> found = host_.Find(transfer.key, transfer.tokens)) {
-      transfer.slot = *std::move(found);
-    } else {
+    std::optional<HostSlot> found = host_.Find(transfer.key, transfer.tokens);
+    if (!found) {
       Fetch(std::move(transfer));
-      return;
+      return false;
+    }
+    transfer.slot = *std::move(found);
+  }
+  if (is_restore) transfer.status = host_.Verify(transfer.slot);
+  if (transfer.status.ok() && options_.before_copy) transfer.status = options_.before_copy(transfer);
+  if (transfer.status.ok()) return true;
+  Complete(std::span(&transfer, 1));
+  return false;
+}
+
+void TransferEngine::Launch(std::vector<Transfer> transfers) {
+  Batch batch{.kind = transfers.front().kind, .transfers = std::move(transfers), .begun = Now()};
+  std::ranges::sort(batch.transfers, {}, &Transfer::device_bytes);
+  const std::size_t block_bytes = options_.block_bytes;
+  const std::vector<Transfer>& all = batch.transfers;
+  for (std::size_t begin = 0, end = 1; begin < all.size(); begin = end++) {
+    while (end < all.size() && all[end].device_bytes == all[end - 1].device_bytes + block_bytes &&
+           all[end].slot.bytes() == all[end - 1].slot.bytes() + block_bytes) {
+      ++end;
+    }
+    batch.copy_ends.push_back(end);
+    const std::size_t bytes = (end - begin) * block_bytes;
+    if (batch.kind == Transfer::Kind::kRestore) {
+      stream_->Copy(all[begin].device_bytes, all[begin].slot.bytes(), bytes);
+    } else {
+      stream_->Copy(all[begin].slot.bytes(), all[begin].device_bytes, bytes);
     }
   }
-  absl::Status status = is_restore ? host_.Verify(transfer.slot) : absl::OkStatus();
-  if (status.ok() && options_.before_copy) status = options_.before_copy(transfer);
-  if (!status.ok()) {
-    Complete(std::move(transfer), std::move(status), 0);
-    return;
+  if (options_.max_bytes_per_second > 0) {
+    const double cost = static_cast<double>(all.size() * block_bytes) / options_.max_bytes_per_second;
+    cap_free_at_ = std::max(cap_free_at_, batch.begun) + cost;
   }
-  if (is_restore) {
-    stream_->Copy(transfer.device_bytes, transfer.slot.bytes(), options_.block_bytes);
-  } else {
-    stream_->Copy(transfer.slot.bytes(), transfer.device_bytes, options_.block_bytes);
-  }
-  in_flight_.push_back({.transfer = std::move(transfer), .event = stream_->Record(), .begun = now});
+  batch.event = stream_->Record();
+  in_flight_.push_back(std::move(batch));
 }
 
 // Brings the block from the lower tier into a host slot, then queues the restore again.
@@ -134,7 +174,8 @@ void TransferEngine::Fetch(Transfer transfer) {
   std::optional<HostSlot> slot;
   if (lower != nullptr) slot = host_.BeginWrite(transfer.key, transfer.tokens, WriteCause::kFetched);
   if (!slot) {
-    Complete(std::move(transfer), absl::NotFoundError("the block is in no tier"), 0);
+    transfer.status = absl::NotFoundError("the block is in no tier");
+    Complete(std::span(&transfer, 1));
     return;
   }
   {
@@ -149,7 +190,8 @@ void TransferEngine::Fetch(Transfer transfer) {
                  fetched->slot = host_.Commit(std::move(*filling), fetched->key, fetched->tokens);
                } else {
                  *filling = HostSlot();
-                 Complete(std::move(*fetched), std::move(status), 0);
+                 fetched->status = std::move(status);
+                 Complete(std::span(fetched.get(), 1));
                }
                const std::lock_guard lock(mutex_);
                if (fetched->slot) restores_.push_front(std::move(*fetched));
@@ -158,31 +200,63 @@ void TransferEngine::Fetch(Transfer transfer) {
              });
 }
 
-void TransferEngine::AwaitPacedLink(double begun) {
+void TransferEngine::Finish(Batch batch, const absl::Status& status) {
+  for (Transfer& transfer : batch.transfers) transfer.status = status;
+  std::span<Transfer> rest(batch.transfers);
+  if (options_.pacing.bytes_per_second > 0) {
+    for (std::size_t begin = 0; const std::size_t end : batch.copy_ends) {
+      AwaitPacedLink(batch.begun, (end - begin) * options_.block_bytes);
+      if (end == batch.copy_ends.back()) break;
+      Complete(rest.first(end - begin));
+      rest = rest.subspan(end - begin);
+      begin = end;
+    }
+  }
+  Account(batch, status);
+  Complete(rest);
+}
+
+void TransferEngine::AwaitPacedLink(double begun, std::size_t copy_bytes) {
   const LinkPacing& pacing = options_.pacing;
-  if (pacing.bytes_per_second <= 0) return;
-  const double cost = pacing.latency_seconds + static_cast<double>(options_.block_bytes) / pacing.bytes_per_second;
+  const double cost = pacing.latency_seconds + static_cast<double>(copy_bytes) / pacing.bytes_per_second;
   link_free_at_ = std::max(link_free_at_, begun) + cost;
   std::this_thread::sleep_for(std::chrono::duration<double>(link_free_at_ - Now()));
 }
 
-void TransferEngine::Complete(Transfer transfer, absl::Status status, double seconds) {
-  transfer.status = std::move(status);
-  if (transfer.status.ok() && transfer.kind == Transfer::Kind::kStore) {
-    transfer.slot = host_.Commit(std::move(transfer.slot), transfer.key, transfer.tokens);
+void TransferEngine::Account(const Batch& batch, const absl::Status& status) {
+  const double now = Now();
+  const double seconds = now - std::max(batch.begun, last_completed_at_);  // it shared the link with the one before it
+  last_completed_at_ = now;
+  if (!status.ok()) return;
+  const auto blocks = static_cast<std::int64_t>(batch.transfers.size());
+  const std::int64_t bytes = blocks * static_cast<std::int64_t>(options_.block_bytes);
+  const auto copies = static_cast<std::int64_t>(batch.copy_ends.size());
+  const auto size = static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(bytes / copies))) - 1;
+  const std::lock_guard lock(mutex_);
+  TransferStats& stats = stats_[static_cast<std::size_t>(batch.kind)];
+  stats.blocks += blocks;
+  stats.bytes += bytes;
+  stats.seconds += seconds;
+  CopyStats& of_size = stats.by_copy_size[std::min(size, kNumCopySizes - 1)];
+  of_size.copies += copies;
+  of_size.blocks += blocks;
+  of_size.bytes += bytes;
+  of_size.seconds += seconds;
+}
+
+void TransferEngine::Complete(std::span<Transfer> transfers) {
+  for (Transfer& transfer : transfers) {
+    if (transfer.status.ok() && transfer.kind == Transfer::Kind::kStore) {
+      transfer.slot = host_.Commit(std::move(transfer.slot), transfer.key, transfer.tokens);
+    }
+    transfer.slot = HostSlot();
   }
-  transfer.slot = HostSlot();
   {
     const std::lock_guard lock(mutex_);
-    TransferStats& stats = stats_[static_cast<std::size_t>(transfer.kind)];
-    if (transfer.status.ok()) {
-      ++stats.blocks;
-      stats.bytes += static_cast<std::int64_t>(options_.block_bytes);
-      stats.seconds += seconds;
-    } else {
-      ++stats.failures;
+    for (Transfer& transfer : transfers) {
+      if (!transfer.status.ok()) ++stats_[static_cast<std::size_t>(transfer.kind)].failures;
+      completed_.push_back(std::move(transfer));
     }
-    completed_.push_back(std::move(transfer));
   }
   wake_();
 }

@@ -1,7 +1,11 @@
 #pragma once
 
-// TransferEngine: moves blocks between the device tier and the host tier on its own streams and threads, restores
-// before write-through. A transfer owns a reference on both ends until it is over, so neither can be reused under it.
+// TransferEngine: moves blocks between the device tier and the host tier on its own stream and thread, restores before
+// write-through. A transfer owns a reference on both ends until it is over, so neither can be reused under it.
+//
+// What is queued is submitted in batches: one event each, blocks that are adjacent on both ends in one copy. While one
+// batch is copied the next is made ready, so that the stream does not wait. A batch is short (see TransferOptions), so
+// that its blocks are ready soon and a restore does not wait long behind stores.
 //
 // One engine thread queues, cancels and collects. Transfers that have not begun can be cancelled; those that have, run
 // to their end. `wake` runs on a transfer thread whenever something was completed; it may only post to a mailbox.
@@ -13,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -41,6 +46,17 @@ struct Transfer {
   absl::Status status;  // once completed
 };
 
+// Sums since start of the copies of one size.
+struct CopyStats {
+  std::int64_t copies = 0;
+  std::int64_t blocks = 0;
+  std::int64_t bytes = 0;
+  double seconds = 0;  // in which at least one batch of them was under way
+};
+
+// Copy sizes are told apart by powers of two: [2^i, 2^(i+1)) bytes. The size of a batch's copies is their mean.
+inline constexpr std::size_t kNumCopySizes = 40;
+
 // Sums since start, by kind.
 struct TransferStats {
   std::int64_t blocks = 0;
@@ -48,6 +64,7 @@ struct TransferStats {
   std::int64_t failures = 0;
   std::int64_t queued = 0;  // now
   double seconds = 0;       // in which at least one was under way
+  std::array<CopyStats, kNumCopySizes> by_copy_size{};
 };
 
 // Makes a copy cost latency + bytes / bandwidth, as on a bus, where the device's link is only a memcpy (the cpu
@@ -59,7 +76,11 @@ struct LinkPacing {
 
 struct TransferOptions {
   std::size_t block_bytes = 0;
-  int depth = 2;  // copies queued on a stream at once
+  std::size_t depth = 2;  // batches on the stream at once
+  // Most bytes of a batch; one block at least.
+  std::size_t restore_batch_bytes = std::size_t{2} << 20;
+  std::size_t store_batch_bytes = std::size_t{1} << 20;
+  double max_bytes_per_second = 0;  // a batch begins only when those before it have had this long; 0: no cap
   LinkPacing pacing;
   // Fault injection for tests: on the transfer thread before a copy; a bad status fails the transfer. May block.
   std::function<absl::Status(const Transfer&)> before_copy;
@@ -84,17 +105,27 @@ class TransferEngine {
 
  private:
   TransferEngine(HostTier& host, const TransferOptions& options, std::function<void()> wake);
-  void Loop();
-  void Begin(Transfer transfer, double now);
-  void Complete(Transfer transfer, absl::Status status, double seconds);
-  void Fetch(Transfer transfer);
-  void AwaitPacedLink(double begun);
-
-  struct InFlight {
-    Transfer transfer;
-    std::shared_ptr<Event> event;
+  // What one event covers. Transfers in the order of their copies; copy i takes those up to copy_ends[i].
+  struct Batch {
+    Transfer::Kind kind = Transfer::Kind::kRestore;
+    std::vector<Transfer> transfers{};
+    std::vector<std::size_t> copy_ends{};
+    std::shared_ptr<Event> event{};
     double begun = 0;
   };
+
+  void Loop();
+  bool AwaitWork();  // false: stop
+  void Fill();
+  std::vector<Transfer> TakeQueued();
+  bool Prepare(Transfer& transfer);
+  void Launch(std::vector<Transfer> transfers);
+  void Fetch(Transfer transfer);
+  void Finish(Batch batch, const absl::Status& status);
+  void AwaitPacedLink(double begun, std::size_t copy_bytes);
+  void Account(const Batch& batch, const absl::Status& status);
+  // Ends transfers whose status is set.
+  void Complete(std::span<Transfer> transfers);
 
   HostTier& host_;
   const TransferOptions options_;
@@ -102,7 +133,7 @@ class TransferEngine {
   std::unique_ptr<Stream> stream_;
   std::uint64_t next_id_ = 1;  // engine thread
 
-  mutable std::mutex mutex_;  // guards all up to in_flight_
+  mutable std::mutex mutex_;  // guards all up to is_stopping_
   std::condition_variable changed_;
   // Restores of prefixes in order of arrival; stores likewise, behind them.
   std::deque<Transfer> restores_;
@@ -112,9 +143,11 @@ class TransferEngine {
   int num_fetching_ = 0;
   bool is_stopping_ = false;
 
-  std::deque<InFlight> in_flight_;  // transfer thread
-  double last_completed_at_ = 0;    // transfer thread
-  double link_free_at_ = 0;         // transfer thread: when the paced link has done what it was given
+  // Transfer thread.
+  std::deque<Batch> in_flight_;
+  double last_completed_at_ = 0;
+  double link_free_at_ = 0;  // when the paced link has done what it was given
+  double cap_free_at_ = 0;   // when the cap lets the next batch begin
   std::thread thread_;
 };
 

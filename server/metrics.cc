@@ -215,6 +215,8 @@ class PrometheusMetrics : public Metrics {
     MakeGauge("spillway_kv_resident_blocks", "Blocks in a tier.", label).Set(number(tier.resident_blocks));
     MakeGauge("spillway_kv_resident_bytes", "Bytes in a tier.", label).Set(number(tier.resident_bytes));
     MakeGauge("spillway_kv_capacity_bytes", "Bytes a tier can hold.", label).Set(number(tier.capacity_bytes));
+    MakeGauge("spillway_kv_bookkeeping_bytes", "Memory that a tier takes beside its blocks.", label)
+        .Set(number(tier.bookkeeping_bytes));
     MakeGauge("spillway_kv_in_flight", "Blocks of a tier being read or written.", label).Set(number(tier.in_flight));
   }
   void ShowHostTier(const EngineStatus& status, const TierStats& tier) {
