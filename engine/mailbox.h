@@ -59,7 +59,7 @@ class Mailbox {
   void StepDone() {
     const std::lock_guard lock(mutex_);
     is_step_done_ = true;
-    changed_.notify_one();
+    step_done_.notify_one();
   }
 
   // Engine thread. Sleeps until there is mail.
@@ -75,7 +75,7 @@ class Mailbox {
   // False if the step was not done in time.
   bool AwaitStep(std::chrono::nanoseconds timeout) {
     std::unique_lock lock(mutex_);
-    if (!changed_.wait_for(lock, timeout, [this] { return is_step_done_; })) return false;
+    if (!step_done_.wait_for(lock, timeout, [this] { return is_step_done_; })) return false;
     is_step_done_ = false;
     return true;
   }
@@ -108,8 +108,9 @@ class Mailbox {
     changed_.notify_one();
   }
 
-  mutable std::mutex mutex_;  // guards all below
-  std::condition_variable changed_;
+  mutable std::mutex mutex_;           // guards all below
+  std::condition_variable changed_;    // mail_
+  std::condition_variable step_done_;  // apart, so that mail does not wake an engine that waits for its step
   Mail mail_;
   std::int32_t num_waiting_ = 0;
   bool is_step_done_ = false;
