@@ -1,0 +1,194 @@
+#include <algorithm>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "bench/tiers_bench.h"
+#include "kernels/check.h"
+#include "kernels/device.h"
+#include "kvstore/host_tier.h"
+#include "kvstore/kv_store.h"
+
+namespace spillway::tiers_bench {
+namespace {
+
+constexpr double kPacedBytesPerSecond = 500e6;
+constexpr int kRounds = 5;
+
+// A KvStore over a host tier, and the keys of as many blocks as both hold.
+class Places {
+ public:
+  Places(std::size_t block_bytes, std::uint32_t count, double link_bytes_per_second) : count_(count) {
+    // One layer of one head, so many elements long.
+    layout_ = {.num_layers = 1,
+               .num_kv_heads = 1,
+               .head_dim = static_cast<int>(block_bytes / kBlockTokens / 2 / 2),
+               .dtype = DType::kBF16};
+    SPILLWAY_CHECK(layout_.block_bytes() == block_bytes);
+    host_ = MakeHostTier(*device_->Allocate(MemoryKind::kPinnedHost, count * block_bytes),
+                         {.block_bytes = block_bytes, .num_blocks = count});
+    store_ = *KvStore::Make(*device_, *host_,
+                            {.layout = layout_,
+                             .num_blocks = count,
+                             .pacing = {.bytes_per_second = link_bytes_per_second, .latency_seconds = 0},
+                             .before_copy = nullptr},
+                            [this] {
+                              const std::lock_guard lock(mutex_);
+                              has_mail_ = true;
+                              arrived_.notify_one();
+                            });
+    const KeyChain chain("0");
+    for (std::uint32_t i = 0; i < count * kBlockTokens; ++i) tokens_.push_back(static_cast<std::int32_t>(i));
+    for (std::uint32_t i = 0; i < count; ++i) {
+      keys_.push_back(chain.Next(i == 0 ? chain.root() : keys_.back(), TokensOf(i), ""));
+    }
+  }
+
+  // Publishes every block. Seconds until the host tier has them all.
+  double StoreAll() {
+    std::vector<BlockRef> blocks;
+    for (std::uint32_t i = 0; i < count_; ++i) {
+      blocks.push_back(*store_->Take());
+      std::memset(store_->view().pool + static_cast<std::size_t>(blocks.back().id()) * layout_.block_bytes(),
+                  static_cast<int>(i % 251 + 1), layout_.block_bytes());
+    }
+    const double begin = Now();
+    for (std::uint32_t i = 0; i < count_; ++i) store_->Publish(blocks[i], keys_[i], TokensOf(i));
+    AwaitTransfers();
+    const double seconds = Now() - begin;
+    SPILLWAY_CHECK(host_->stats().resident_blocks == count_);
+    KvStore::Release(blocks);
+    return seconds;
+  }
+
+  // Forgets the device's copies and brings them all back. Seconds until the last one is ready.
+  double RestoreAll() {
+    store_->EvictCold();
+    const double begin = Now();
+    std::vector<KvStore::Restored> restored;
+    for (std::uint32_t i = 0; i < count_; ++i) restored.push_back(*store_->Restore(keys_[i], TokensOf(i)));
+    AwaitTransfers();
+    const double seconds = Now() - begin;
+    for (std::uint32_t i = 0; i < count_; ++i) {
+      const std::byte* const bytes =
+          store_->view().pool + static_cast<std::size_t>(restored[i].block.id()) * layout_.block_bytes();
+      const auto wanted = static_cast<std::byte>(i % 251 + 1);
+      SPILLWAY_CHECK(restored[i].restoring->state == Restoring::State::kReady && bytes[0] == wanted &&
+                     bytes[layout_.block_bytes() - 1] == wanted);
+    }
+    while (!restored.empty()) restored.pop_back();
+    return seconds;
+  }
+
+  double BookkeepingShare() const {
+    const TierStats stats = host_->stats();
+    return static_cast<double>(stats.bookkeeping_bytes) / static_cast<double>(stats.resident_bytes);
+  }
+  const KvStore& store() const { return *store_; }
+
+ private:
+  std::span<const std::int32_t> TokensOf(std::uint32_t block) const {
+    return std::span<const std::int32_t>(tokens_).subspan(std::size_t{block} * kBlockTokens, kBlockTokens);
+  }
+  void AwaitTransfers() {
+    while (store_->has_transfers()) {
+      std::unique_lock lock(mutex_);
+      arrived_.wait(lock, [this] { return std::exchange(has_mail_, false); });
+      lock.unlock();
+      store_->Collect();
+    }
+  }
+
+  const std::uint32_t count_;
+  KvLayout layout_;
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  bool has_mail_ = false;
+  std::unique_ptr<Device> device_ = *MakeCpuDevice({});
+  std::unique_ptr<HostTier> host_;
+  std::unique_ptr<KvStore> store_;
+  std::vector<std::int32_t> tokens_;
+  std::vector<BlockKey> keys_;
+};
+
+// A device's stream given the same spans and nothing else to do, and memcpy of them.
+class PlainCopies {
+ public:
+  PlainCopies(std::size_t span, std::uint32_t count) : span_(span), count_(count) {
+    std::memset(from_.get(), 1, span * count);
+    std::memset(to_.get(), 2, span * count);
+  }
+  double Memcpy() const {
+    const double begin = Now();
+    for (std::uint32_t i = 0; i < count_; ++i) std::memcpy(to_.get() + i * span_, from_.get() + i * span_, span_);
+    return Now() - begin;
+  }
+  double Streamed() const {
+    const double begin = Now();
+    for (std::uint32_t i = 0; i < count_; ++i) stream_->Copy(to_.get() + i * span_, from_.get() + i * span_, span_);
+    SPILLWAY_CHECK(stream_->Record()->Await().ok());
+    return Now() - begin;
+  }
+
+ private:
+  const std::size_t span_;
+  const std::uint32_t count_;
+  std::unique_ptr<Device> device_ = *MakeCpuDevice({});
+  Buffer from_ = *device_->Allocate(MemoryKind::kPinnedHost, span_* count_);
+  Buffer to_ = *device_->Allocate(MemoryKind::kDevice, span_* count_);
+  std::unique_ptr<Stream> stream_ = *device_->NewStream();
+};
+
+}  // namespace
+
+nlohmann::json MeasureCopies() {
+  std::printf("whole blocks between the tiers, GB/s (best of %d rounds)\n%-10s %-10s %8s %8s %9s %8s %8s %12s\n",
+              kRounds, "block", "link", "memcpy", "stream", "restore", "store", "share", "bookkeeping");
+  nlohmann::json rows = nlohmann::json::array();
+  for (const double link : {0.0, kPacedBytesPerSecond}) {
+    for (const std::size_t block_kib : {16U, 128U, 512U, 2048U}) {
+      const std::size_t block_bytes = block_kib << 10U;
+      const std::size_t total = std::size_t{link > 0 ? 32U : 192U} << 20U;
+      const auto count = static_cast<std::uint32_t>(total / block_bytes);
+      const PlainCopies plain(block_bytes, count);
+      Places places(block_bytes, count, link);
+      double memcpy_best = 1e9, streamed_best = 1e9, restore_best = 1e9;
+      const double store = places.StoreAll();
+      for (int round = 0; round < (link > 0 ? 2 : kRounds); ++round) {
+        memcpy_best = std::min(memcpy_best, plain.Memcpy());
+        streamed_best = std::min(streamed_best, plain.Streamed());
+        restore_best = std::min(restore_best, places.RestoreAll());
+      }
+      const auto rate = [&](double seconds) { return static_cast<double>(total) / seconds / 1e9; };
+      const double limit = link > 0 ? link / 1e9 : std::max(rate(memcpy_best), rate(streamed_best));
+      std::printf("%6zu KiB %-10s %8.2f %8.2f %9.2f %8.2f %6.1f %% %10.2f %%\n", block_kib,
+                  link > 0 ? "500 MB/s" : "unpaced", rate(memcpy_best), rate(streamed_best), rate(restore_best),
+                  rate(store), 100 * rate(restore_best) / limit, 100 * places.BookkeepingShare());
+      nlohmann::json sizes = nlohmann::json::object();
+      const TransferStats stats = places.store().transfer_stats(Transfer::Kind::kRestore);
+      for (std::size_t i = 0; i < kNumCopySizes; ++i) {
+        const CopyStats& size = stats.by_copy_size[i];
+        if (size.copies > 0) {
+          sizes[std::to_string(std::uint64_t{1} << i)] = {
+              {"copies", size.copies}, {"blocks", size.blocks}, {"bytes", size.bytes}, {"seconds", size.seconds}};
+        }
+      }
+      rows.push_back({{"block_bytes", block_bytes},
+                      {"link_bytes_per_second", link},
+                      {"memcpy_bytes_per_second", 1e9 * rate(memcpy_best)},
+                      {"stream_bytes_per_second", 1e9 * rate(streamed_best)},
+                      {"restore_bytes_per_second", 1e9 * rate(restore_best)},
+                      {"store_bytes_per_second", 1e9 * rate(store)},
+                      {"share_of_limit", rate(restore_best) / limit},
+                      {"bookkeeping_share", places.BookkeepingShare()},
+                      {"restores_by_copy_size", sizes}});
+    }
+  }
+  std::printf("share: of the faster plain copy, or of the paced link\n\n");
+  return rows;
+}
+
+}  // namespace spillway::tiers_bench
