@@ -93,6 +93,7 @@ absl::Status ThreadedEngine::Start(Device& device) {
       .num_blocks = static_cast<std::uint32_t>(num_blocks),
       .caching = options_.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
       .pacing = {.bytes_per_second = options_.link_bytes_per_second, .latency_seconds = options_.link_latency_seconds},
+      .max_transfer_bytes_per_second = options_.max_transfer_bytes_per_second,
       .before_copy = options_.before_copy};
   ASSIGN_OR_RETURN(store_, KvStore::Make(device, host, store_options, [this] { mailbox_.TransferDone(); }));
   scheduler_ = std::make_unique<Scheduler>(

@@ -36,6 +36,7 @@ struct EngineOptions {
   HostTier* host_tier = nullptr;                     // outlives the engine, shared by several; null: offloading off
   double link_bytes_per_second = 0;  // paces copies to and from the host tier (LinkPacing); 0: not paced
   double link_latency_seconds = 0;
+  double max_transfer_bytes_per_second = 0;                  // caps copies to and from the host tier; 0: no cap
   std::function<absl::Status(const Transfer&)> before_copy;  // fault injection for tests, see TransferOptions
 };
 

@@ -20,11 +20,13 @@ absl::StatusOr<std::unique_ptr<KvStore>> KvStore::Make(Device& device, HostTier&
   const std::size_t block_bytes = options.layout.block_bytes();
   ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kDevice, options.num_blocks * block_bytes));
   std::unique_ptr<KvStore> store(new KvStore(std::move(slab), host, options));
-  ASSIGN_OR_RETURN(
-      store->transfers_,
-      TransferEngine::Make(device, host,
-                           {.block_bytes = block_bytes, .pacing = options.pacing, .before_copy = options.before_copy},
-                           std::move(wake)));
+  ASSIGN_OR_RETURN(store->transfers_,
+                   TransferEngine::Make(device, host,
+                                        {.block_bytes = block_bytes,
+                                         .max_bytes_per_second = options.max_transfer_bytes_per_second,
+                                         .pacing = options.pacing,
+                                         .before_copy = options.before_copy},
+                                        std::move(wake)));
   return store;
 }
 

@@ -49,6 +49,7 @@ struct KvStoreOptions {
   std::uint32_t num_blocks = 0;
   PrefixCaching caching = PrefixCaching::kOn;
   LinkPacing pacing;
+  double max_transfer_bytes_per_second = 0;                  // 0: no cap
   std::function<absl::Status(const Transfer&)> before_copy;  // fault injection, see TransferOptions
 };
 

@@ -199,6 +199,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   engine.host_tier = host.host_tier.get();
   engine.link_bytes_per_second = static_cast<double>(options.cache.cpu_link_bandwidth);
   engine.link_latency_seconds = options.cache.cpu_link_latency;
+  engine.max_transfer_bytes_per_second = static_cast<double>(options.cache.kv_offloading_bandwidth);
   ASSIGN_OR_RETURN(host.engine, Engine::Make(*host.device, std::move(model), engine, host.metrics.get()));
   host.metrics->Attach(*host.engine);
   host.service = Service::Make(*host.engine, *host.tokenizer, service);

@@ -50,8 +50,9 @@ struct CacheChoice {
   bool kv_verify = false;
   std::string kv_file_directory;  // empty: no file tier
   std::int64_t kv_file_size = std::int64_t{16} << 30;
-  std::int64_t cpu_link_bandwidth = 0;  // bytes per second; 0: not paced
-  double cpu_link_latency = 0;          // seconds
+  std::int64_t cpu_link_bandwidth = 0;       // bytes per second; 0: not paced
+  double cpu_link_latency = 0;               // seconds
+  std::int64_t kv_offloading_bandwidth = 0;  // bytes per second; 0: no cap
 };
 
 struct SchedulingChoice {
