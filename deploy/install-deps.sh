@@ -7,7 +7,7 @@ packages=(
   # tools
   cmake ninja-build g++ pkg-config python3-venv clang-format clang-tidy
   # libraries
-  libabsl-dev libboost1.81-dev libcli11-dev libdnnl-dev libfmt-dev libgrpc++-dev libhwy-dev libicu-dev libpcre2-dev
+  libabsl-dev libboost1.81-dev libcli11-dev libfmt-dev libgrpc++-dev libhwy-dev libicu-dev libpcre2-dev
   libprotobuf-dev libspdlog-dev libssl-dev libxxhash-dev libyaml-cpp-dev nlohmann-json3-dev prometheus-cpp-dev
   protobuf-compiler protobuf-compiler-grpc
   # tests and benchmarks

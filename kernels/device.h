@@ -62,7 +62,7 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Stream>> NewStream() = 0;
   virtual const Kernels& kernels() const = 0;
   virtual std::size_t free_bytes() const = 0;  // what is left of the device's memory
-  // Device, SIMD target and GEMM path, for logs and for the compute id of cache keys: "cpu avx512 own-gemm".
+  // Device, SIMD target and GEMM path, for logs and for the compute id of cache keys: "cpu avx512 amx-gemm".
   virtual std::string description() const = 0;
 };
 
@@ -74,7 +74,8 @@ struct CpuDeviceOptions {
   // "auto", "reference" (plain loops, double accumulation) or a SIMD target: "avx2", "avx512", "neon", "scalar".
   // INVALID_ARGUMENT if this machine lacks it; the message lists those it has.
   std::string target = "auto";
-  // "auto" (oneDNN where the start-up probe finds it invariant in M, else our own), "own", "onednn".
+  // How BF16 is multiplied: "amx", "avx512_bf16" (AVX512_BF16), "fma" (the same bits on every target), or "auto": the
+  // first of these that the target and this machine have. INVALID_ARGUMENT if it lacks the one that is named.
   std::string gemm = "auto";
   // Fault injection for tests: runs on the stream's thread before every queued item; may block.
   std::function<void()> before_item;

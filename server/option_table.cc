@@ -81,10 +81,10 @@ std::vector<OptionRow> MakeTable() {
       {.name = "cpu-gemm",
        .commands = kEngines,
        .target = SPILLWAY_AT(device.cpu_gemm),
-       .choices = {"auto", "own", "onednn"},
+       .choices = {"auto", "fma", "avx512_bf16", "amx"},
        .group = "Device",
        .help =
-           "Matrix products of the cpu device. auto: oneDNN where its rows do not depend on the batch, else our own."},
+           "How the cpu device multiplies bfloat16. auto: amx, else avx512_bf16, else fma, as the machine has them."},
       {.name = "threads",
        .commands = kEngines,
        .kind = kCount,

@@ -31,10 +31,11 @@ int CoresOfThisProcess() {
 
 class CpuDevice final : public Device {
  public:
-  CpuDevice(const CpuDeviceOptions& options, std::unique_ptr<Kernels> kernels, std::string description)
+  CpuDevice(const CpuDeviceOptions& options, std::unique_ptr<WorkerPool> pool, std::unique_ptr<Kernels> kernels,
+            std::string description)
       : options_(options),
         budget_(std::make_shared<MemoryBudget>(options.memory_bytes)),
-        pool_(options.num_workers > 0 ? options.num_workers : CoresOfThisProcess()),
+        pool_(std::move(pool)),
         kernels_(std::move(kernels)),
         description_(std::move(description)) {}
 
@@ -43,7 +44,7 @@ class CpuDevice final : public Device {
   }
 
   absl::StatusOr<std::unique_ptr<Stream>> NewStream() override {
-    return std::make_unique<CpuStream>(pool_, options_.before_item, options_.ignore_order);
+    return std::make_unique<CpuStream>(*pool_, options_.before_item, options_.ignore_order);
   }
 
   const Kernels& kernels() const override { return *kernels_; }
@@ -53,7 +54,7 @@ class CpuDevice final : public Device {
  private:
   const CpuDeviceOptions options_;
   const std::shared_ptr<MemoryBudget> budget_;
-  WorkerPool pool_;
+  const std::unique_ptr<WorkerPool> pool_;
   const std::unique_ptr<Kernels> kernels_;
   const std::string description_;
 };
@@ -65,12 +66,14 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(const CpuDeviceOptions& op
   if (options.num_workers < 0) {
     return absl::InvalidArgumentError(absl::StrCat("cpu device: num_workers is ", options.num_workers));
   }
+  auto pool =
+      std::make_unique<cpu::WorkerPool>(options.num_workers > 0 ? options.num_workers : cpu::CoresOfThisProcess());
   if (options.target == "reference") {
-    return std::make_unique<cpu::CpuDevice>(options, MakeReferenceKernels(), "cpu reference");
+    return std::make_unique<cpu::CpuDevice>(options, std::move(pool), MakeReferenceKernels(), "cpu reference");
   }
   ASSIGN_OR_RETURN(const cpu::Target target, cpu::ChooseTarget(options.target));
-  ASSIGN_OR_RETURN(cpu::CpuKernels fast, cpu::MakeCpuKernels(target, options.gemm));
-  return std::make_unique<cpu::CpuDevice>(options, std::move(fast.kernels),
+  ASSIGN_OR_RETURN(cpu::CpuKernels fast, cpu::MakeCpuKernels(target, options.gemm, *pool));
+  return std::make_unique<cpu::CpuDevice>(options, std::move(pool), std::move(fast.kernels),
                                           absl::StrCat("cpu ", std::string(cpu::NameOf(target)), " ", fast.gemm));
 }
 

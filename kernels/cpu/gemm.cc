@@ -16,8 +16,7 @@ namespace {
 constexpr std::int64_t kRowsPerPass = 192;
 constexpr std::int64_t kMaxPanelsPerSlice = 4;
 
-// Columns are rows of the given matrix, which a file may have laid at any address. `rows` are those of this panel,
-// fewer in the last one.
+// `rows` are the columns of this panel, fewer in the last one.
 template <typename W>
 void PackPanel(std::span<const std::byte* const> rows, std::int64_t depth, W* panel) {
   // Cut so that what is written stays in the first-level cache until its lines are complete.
@@ -30,21 +29,6 @@ void PackPanel(std::span<const std::byte* const> rows, std::int64_t depth, W* pa
         std::memcpy(column + k * kPanelColumns, rows[n] + static_cast<std::size_t>(k) * sizeof(W), sizeof(W));
       }
     }
-  }
-}
-
-template <typename W>
-void PackParts(std::span<const MatrixView> parts, W* panels) {
-  const std::int64_t depth = parts[0].cols;
-  std::vector<const std::byte*> rows;
-  for (const MatrixView& part : parts) {
-    for (std::int64_t r = 0; r < part.rows; ++r) {
-      rows.push_back(part.data + static_cast<std::size_t>(r * part.row_stride) * sizeof(W));
-    }
-  }
-  const std::span<const std::byte* const> all(rows);
-  for (std::size_t n = 0; n < all.size(); n += kPanelColumns, panels += depth * kPanelColumns) {
-    PackPanel(all.subspan(n, std::min<std::size_t>(kPanelColumns, all.size() - n)), depth, panels);
   }
 }
 
@@ -131,18 +115,38 @@ absl::Status PanelMatrix::Multiply(const WorkPlace& place, const GemmArgs& args)
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CpuMatrix>> PackPanels(const GemmBodies& bodies, std::span<const MatrixView> parts) {
+std::vector<const std::byte*> RowsOf(std::span<const MatrixView> parts) {
+  std::vector<const std::byte*> rows;
+  for (const MatrixView& part : parts) {
+    for (std::int64_t r = 0; r < part.rows; ++r) {
+      rows.push_back(part.data + static_cast<std::size_t>(r * part.row_stride) * SizeOf(part.dtype));
+    }
+  }
+  return rows;
+}
+
+absl::StatusOr<std::unique_ptr<CpuMatrix>> PackPanels(const GemmBodies& bodies, std::span<const MatrixView> parts,
+                                                      WorkerPool& pool) {
   ASSIGN_OR_RETURN(const std::int64_t rows, RowsToPack(parts));
   const DType dtype = parts[0].dtype;
+  const std::int64_t depth = parts[0].cols;
   const std::int64_t num_panels = (rows + kPanelColumns - 1) / kPanelColumns;
-  const std::int64_t size = num_panels * kPanelColumns * parts[0].cols;
-  ASSIGN_OR_RETURN(Buffer panels, MapPages(static_cast<std::size_t>(size) * SizeOf(dtype), nullptr));
-  if (dtype == DType::kF32) {
-    PackParts(parts, reinterpret_cast<float*>(panels.get()));
-  } else {
-    PackParts(parts, reinterpret_cast<std::uint16_t*>(panels.get()));
-  }
-  return std::make_unique<PanelMatrix>(bodies, rows, parts[0].cols, dtype, std::move(panels));
+  const std::size_t panel_bytes = static_cast<std::size_t>(kPanelColumns * depth) * SizeOf(dtype);
+  ASSIGN_OR_RETURN(Buffer panels, MapPages(static_cast<std::size_t>(num_panels) * panel_bytes, nullptr));
+  const std::vector<const std::byte*> columns = RowsOf(parts);
+  const std::span<const std::byte* const> all(columns);
+  Scratch scratch;
+  pool.ParallelFor(num_panels, scratch, [&](std::int64_t index, Scratch&) {
+    const auto begin = static_cast<std::size_t>(index * kPanelColumns);
+    const auto of_panel = all.subspan(begin, std::min<std::size_t>(kPanelColumns, all.size() - begin));
+    std::byte* const panel = panels.get() + static_cast<std::size_t>(index) * panel_bytes;
+    if (dtype == DType::kF32) {
+      PackPanel(of_panel, depth, reinterpret_cast<float*>(panel));
+    } else {
+      PackPanel(of_panel, depth, reinterpret_cast<std::uint16_t*>(panel));
+    }
+  });
+  return std::make_unique<PanelMatrix>(bodies, rows, depth, dtype, std::move(panels));
 }
 
 }  // namespace spillway::cpu

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/cpu/stream.h"
@@ -41,10 +42,24 @@ struct GemmSlice {
   float* sums = nullptr;  // [num_rows, (panel_end - panel_begin) * 32], working memory
 };
 
+// Finished sums of some columns on their way to the output.
+struct GemmWrite {
+  const float* sums = nullptr;  // [num_rows, column_end - column_begin] at sums_stride
+  std::int64_t num_rows = 0;
+  std::int64_t sums_stride = 0;
+  const float* bias = nullptr;
+  GemmOutput output = GemmOutput::kStore;
+  float* out = nullptr;
+  std::int64_t columns = 0;  // of the whole matrix, the stride of out
+  std::int64_t column_begin = 0;
+  std::int64_t column_end = 0;
+};
+
 struct GemmBodies {
   std::int64_t rows_per_block;  // at most
   void (*f32)(const GemmSlice&);
   void (*bf16)(const GemmSlice&);
+  void (*write_out)(const GemmWrite&);
 };
 
 const GemmBodies& GemmBodiesOf(Target target);
@@ -59,7 +74,11 @@ class CpuMatrix : public PackedMatrix {
   using PackedMatrix::PackedMatrix;
 };
 
-// Parts as RowsToPack accepts them.
-absl::StatusOr<std::unique_ptr<CpuMatrix>> PackPanels(const GemmBodies& bodies, std::span<const MatrixView> parts);
+// The rows of stacked parts, which a file may have laid at any address.
+std::vector<const std::byte*> RowsOf(std::span<const MatrixView> parts);
+
+// Parts as RowsToPack accepts them. `pool` packs.
+absl::StatusOr<std::unique_ptr<CpuMatrix>> PackPanels(const GemmBodies& bodies, std::span<const MatrixView> parts,
+                                                      WorkerPool& pool);
 
 }  // namespace spillway::cpu

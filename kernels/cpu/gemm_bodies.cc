@@ -106,25 +106,25 @@ BlockOf<W> BlockOfRows(std::int64_t rows, std::integer_sequence<int, kRows...> /
   return kBlocks[rows - 1];
 }
 
-void WriteOut(const GemmSlice& work, std::int64_t sums_stride) {
-  const std::int64_t begin = work.panel_begin * kPanelColumns;
-  const std::int64_t end = std::min(work.panel_end * kPanelColumns, work.columns);
+void WriteOut(const GemmWrite& write) {
   const auto finish = [&](VF sum, VF bias, VF before) {
-    if (work.bias != nullptr) sum = hn::Add(sum, bias);
-    return work.output == GemmOutput::kAdd ? hn::Add(before, sum) : sum;
+    if (write.bias != nullptr) sum = hn::Add(sum, bias);
+    return write.output == GemmOutput::kAdd ? hn::Add(before, sum) : sum;
   };
-  for (std::int64_t m = 0; m < work.num_rows; ++m) {
-    const float* const sums = work.sums + m * sums_stride;
-    float* const out = work.out + m * work.columns;
-    std::int64_t n = begin;
-    for (; n + static_cast<std::int64_t>(kLanes) <= end; n += kLanes) {
-      const VF bias = work.bias != nullptr ? hn::LoadU(F(), work.bias + n) : hn::Zero(F());
-      hn::StoreU(finish(hn::LoadU(F(), sums + n - begin), bias, hn::LoadU(F(), out + n)), F(), out + n);
+  for (std::int64_t m = 0; m < write.num_rows; ++m) {
+    const float* const sums = write.sums + m * write.sums_stride;
+    float* const out = write.out + m * write.columns;
+    std::int64_t n = write.column_begin;
+    for (; n + static_cast<std::int64_t>(kLanes) <= write.column_end; n += kLanes) {
+      const VF bias = write.bias != nullptr ? hn::LoadU(F(), write.bias + n) : hn::Zero(F());
+      const VF before = write.output == GemmOutput::kAdd ? hn::LoadU(F(), out + n) : hn::Zero(F());
+      hn::StoreU(finish(hn::LoadU(F(), sums + n - write.column_begin), bias, before), F(), out + n);
     }
-    if (n < end) {
-      const auto rest = static_cast<std::size_t>(end - n);
-      const VF bias = work.bias != nullptr ? LoadTail(work.bias + n, rest, 0) : hn::Zero(F());
-      StoreTail(finish(hn::LoadU(F(), sums + n - begin), bias, LoadTail(out + n, rest, 0)), rest, out + n);
+    if (n < write.column_end) {
+      const auto rest = static_cast<std::size_t>(write.column_end - n);
+      const VF bias = write.bias != nullptr ? LoadTail(write.bias + n, rest, 0) : hn::Zero(F());
+      StoreTail(finish(LoadTail(sums + n - write.column_begin, rest, 0), bias, LoadTail(out + n, rest, 0)), rest,
+                out + n);
     }
   }
 }
@@ -153,10 +153,19 @@ void Gemm(const GemmSlice& work) {
       }
     }
   }
-  WriteOut(work, sums_stride);
+  const std::int64_t column_begin = work.panel_begin * kPanelColumns;
+  WriteOut({.sums = work.sums,
+            .num_rows = work.num_rows,
+            .sums_stride = sums_stride,
+            .bias = work.bias,
+            .output = work.output,
+            .out = work.out,
+            .columns = work.columns,
+            .column_begin = column_begin,
+            .column_end = std::min(work.panel_end * kPanelColumns, work.columns)});
 }
 
-constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>};
+constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>, WriteOut};
 
 }  // namespace spillway::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

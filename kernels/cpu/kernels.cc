@@ -9,7 +9,7 @@
 #include "kernels/argument_checks.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/gemm_onednn.h"
+#include "kernels/cpu/gemm_dot.h"
 #include "kernels/cpu/row_bodies.h"
 #include "kernels/cpu/sample.h"
 #include "kernels/cpu/stream.h"
@@ -56,10 +56,10 @@ void RunRopeAngles(const WorkPlace& place, const RopeAnglesArgs& args) {
 
 class FastKernels final : public Kernels {
  public:
-  // A packer is null where our own GEMM is used.
-  FastKernels(Target target, std::unique_ptr<OneDnnPacker> f32, std::unique_ptr<OneDnnPacker> bf16)
-      : f32_packer_(std::move(f32)),
-        bf16_packer_(std::move(bf16)),
+  // `dot` is null where BF16 is multiplied as F32 is.
+  FastKernels(Target target, DotBody dot, WorkerPool& pool)
+      : dot_(dot),
+        pool_(pool),
         gemm_(GemmBodiesOf(target)),
         rows_(RowBodiesOf(target)),
         attention_(AttentionBodiesOf(target)),
@@ -67,9 +67,8 @@ class FastKernels final : public Kernels {
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
     RETURN_IF_ERROR(RowsToPack(parts).status());
-    const OneDnnPacker* const packer = (parts[0].dtype == DType::kF32 ? f32_packer_ : bf16_packer_).get();
-    if (packer != nullptr) return packer->Pack(parts);
-    return PackPanels(gemm_, parts);
+    if (parts[0].dtype == DType::kBF16 && dot_ != nullptr) return PackDotPanels(dot_, gemm_, parts, pool_);
+    return PackPanels(gemm_, parts, pool_);
   }
 
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {
@@ -130,42 +129,48 @@ class FastKernels final : public Kernels {
     });
   }
 
-  const std::unique_ptr<OneDnnPacker> f32_packer_;
-  const std::unique_ptr<OneDnnPacker> bf16_packer_;
+  const DotBody dot_;
+  WorkerPool& pool_;
   const GemmBodies& gemm_;
   const RowBodies& rows_;
   const AttentionBodies& attention_;
   const SampleBodies& sample_;
 };
 
-// oneDNN's packer for `dtype`, or null and why not.
+// The dot body that goes by a name, or the best one; null for "fma".
 struct Choice {
-  std::unique_ptr<OneDnnPacker> packer;
-  std::string name;
+  DotBody body = nullptr;
+  std::string_view name = "fma";
 };
 
-Choice ChooseGemm(DType dtype, Target target, std::string_view gemm) {
-  if (gemm == "own") return {nullptr, "own-gemm"};
-  if (target != Target::kAvx512) return {nullptr, "own-gemm"};
-  // Measured on Ice Lake: ours is as fast as oneDNN's float GEMM, and needs no library.
-  if (gemm == "auto" && dtype == DType::kF32) return {nullptr, "own-gemm"};
-  auto packer = MakeOneDnnPacker(dtype);
-  if (packer.ok()) return {std::move(packer).value(), absl::StrCat("onednn-", OneDnnVersion(), "-gemm")};
-  return {nullptr, absl::StrCat("own-gemm (", packer.status().message(), ")")};
+absl::StatusOr<Choice> ChooseGemm(Target target, std::string_view gemm) {
+  if (gemm == "fma") return Choice{};
+  if (gemm != "auto" && gemm != "amx" && gemm != "avx512_bf16") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cpu device: gemm '", std::string(gemm), "' is none of auto, fma, avx512_bf16, amx"));
+  }
+  if (target != Target::kAvx512) {
+    if (gemm == "auto") return Choice{};
+    return absl::InvalidArgumentError(absl::StrCat(
+        "cpu device: gemm '", std::string(gemm), "' goes with target avx512, not with ", std::string(NameOf(target))));
+  }
+  if (gemm != "avx512_bf16") {
+    const absl::StatusOr<DotBody> amx = AmxDotBody();
+    if (amx.ok()) return Choice{*amx, "amx"};
+    if (gemm == "amx") return absl::InvalidArgumentError(absl::StrCat("cpu device: ", amx.status().message()));
+  }
+  const absl::StatusOr<DotBody> dot = Avx512DotBody();
+  if (dot.ok()) return Choice{*dot, "avx512_bf16"};
+  if (gemm == "auto") return Choice{};
+  return absl::InvalidArgumentError(absl::StrCat("cpu device: ", dot.status().message()));
 }
 
 }  // namespace
 
-absl::StatusOr<CpuKernels> MakeCpuKernels(Target target, std::string_view gemm) {
-  if (gemm != "auto" && gemm != "own" && gemm != "onednn") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("cpu device: gemm '", std::string(gemm), "' is none of auto, own, onednn"));
-  }
-  Choice f32 = ChooseGemm(DType::kF32, target, gemm);
-  Choice bf16 = ChooseGemm(DType::kBF16, target, gemm);
-  const std::string name =
-      f32.name == bf16.name ? f32.name : absl::StrCat("float32 ", f32.name, ", bfloat16 ", bf16.name);
-  return CpuKernels{std::make_unique<FastKernels>(target, std::move(f32.packer), std::move(bf16.packer)), name};
+absl::StatusOr<CpuKernels> MakeCpuKernels(Target target, std::string_view gemm, WorkerPool& pool) {
+  ASSIGN_OR_RETURN(const Choice choice, ChooseGemm(target, gemm));
+  return CpuKernels{std::make_unique<FastKernels>(target, choice.body, pool),
+                    absl::StrCat(std::string(choice.name), "-gemm")};
 }
 
 }  // namespace spillway::cpu

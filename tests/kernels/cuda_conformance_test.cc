@@ -35,7 +35,7 @@ inline const std::string& NoCudaReason() {
 // "cuda", or a target of the cpu device, which some suites take as the oracle.
 class Rig {
  public:
-  explicit Rig(const std::string& target, int num_workers = 2, const std::string& /*gemm*/ = "own") {
+  explicit Rig(const std::string& target, int num_workers = 2, const std::string& /*gemm*/ = "fma") {
     if (target != "cuda") {
       cpu_ = std::make_unique<CpuRig>(target, num_workers);
       return;

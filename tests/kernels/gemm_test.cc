@@ -2,7 +2,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/cpu/gemm_onednn.h"
+#include "kernels/cpu/gemm_dot.h"
 #include "tests/kernels/kernel_rig.h"
 
 namespace spillway {
@@ -173,37 +173,79 @@ TEST_P(GemmTest, BitsOfARowDoNotDependOnTheCall) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Own, GemmTest,
-                         testing::Combine(testing::ValuesIn(AllTargets()), testing::Values("own"),
+INSTANTIATE_TEST_SUITE_P(Fma, GemmTest,
+                         testing::Combine(testing::ValuesIn(AllTargets()), testing::Values("fma"),
                                           testing::Values(DType::kF32, DType::kBF16)),
                          NameOfParam);
 
-// Where oneDNN does not qualify for a dtype, the device falls back to our own, and the promise holds all the same.
-INSTANTIATE_TEST_SUITE_P(OneDnn, GemmTest,
-                         testing::Combine(testing::Values(FastTargets().back()), testing::Values("onednn", "auto"),
-                                          testing::Values(DType::kF32, DType::kBF16)),
-                         NameOfParam);
+// Those that this machine has.
+std::vector<std::string> DotGemms() {
+  std::vector<std::string> names;
+  if (cpu::Avx512DotBody().ok()) names.emplace_back("avx512_bf16");
+  if (cpu::AmxDotBody().ok()) names.emplace_back("amx");
+  return names;
+}
 
-TEST(OneDnnTest, ThePackerIsMadeOnlyIfItsBitsDoNotDependOnTheRows) {
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const auto packer = cpu::MakeOneDnnPacker(dtype);
-    const std::string description = Rig(FastTargets().back(), 2, "onednn").device().description();
-    if (packer.ok()) {
-      EXPECT_NE(description.find("onednn-" + cpu::OneDnnVersion()), std::string::npos) << description;
-    } else {
-      EXPECT_EQ(packer.status().code(), absl::StatusCode::kFailedPrecondition);
-      EXPECT_NE(description.find("own-gemm"), std::string::npos) << description;
+INSTANTIATE_TEST_SUITE_P(Dot, GemmTest,
+                         testing::Combine(testing::Values(FastTargets().back()), testing::ValuesIn(DotGemms()),
+                                          testing::Values(DType::kBF16)),
+                         NameOfParam);
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(GemmTest);
+
+// Wide and deep as models are: cut into slices, into passes of rows and into cuts of k.
+TEST(DotGemmTest, BitsOfARowDoNotDependOnTheCallForShapesOfModels) {
+  const std::vector<Shape> shapes = {{576, 576}, {192, 576}, {1536, 576}, {576, 1536}, {2048, 64},
+                                     {320, 960}, {96, 2560}, {64, 8192},  {1000, 300}, {33, 4100}};
+  Random random(5);
+  for (const Shape shape : shapes) {
+    const Array w(DType::kBF16, random.Normals(static_cast<std::size_t>(shape.columns * shape.depth)));
+    constexpr std::int64_t kMaxRows = kEffort > 1 ? 512 : 100;
+    const Array all(DType::kBF16, random.Normals(static_cast<std::size_t>(kMaxRows * shape.depth)));
+    const std::vector<float> values = all.Values();
+    for (const std::string& gemm : DotGemms()) {
+      Rig rig(FastTargets().back(), 2, gemm);
+      const auto weight = rig.kernels().Pack(std::vector<MatrixView>{ViewOf(w, shape.columns, shape.depth)}).value();
+      const std::vector<float> expected = RunGemm(rig, all, *weight, nullptr, nullptr);
+      for (const std::int64_t num_rows : {1, 2, 3, 4, 7, 8, 13, 16, 17, 31, 32, 33, 64, 100, 200}) {
+        const std::int64_t first = std::min<std::int64_t>(kMaxRows - num_rows, 5);
+        if (first < 0) continue;
+        const Array a(DType::kBF16, std::vector<float>(values.begin() + first * shape.depth,
+                                                       values.begin() + (first + num_rows) * shape.depth));
+        ExpectSameBits(RunGemm(rig, a, *weight, nullptr, nullptr),
+                       std::vector<float>(expected.begin() + first * shape.columns,
+                                          expected.begin() + (first + num_rows) * shape.columns),
+                       gemm + ", " + std::to_string(num_rows) + " rows of " + std::to_string(shape.depth) + " to " +
+                           std::to_string(shape.columns));
+      }
     }
   }
 }
 
-TEST(OneDnnTest, OwnIsNeverReplacedWhereItIsAskedForOrTheTargetIsForced) {
-  EXPECT_EQ(Rig(FastTargets().back(), 2, "own").device().description(), "cpu " + FastTargets().back() + " own-gemm");
-  EXPECT_EQ(Rig("scalar", 2, "onednn").device().description(), "cpu scalar own-gemm");
+TEST(ChooseGemmTest, WhatIsNamedIsUsedOrRefused) {
+  const std::string best = FastTargets().back();
+  const auto make = [](const std::string& target, const std::string& gemm) {
+    CpuDeviceOptions options;
+    options.num_workers = 1;
+    options.target = target;
+    options.gemm = gemm;
+    return MakeCpuDevice(options);
+  };
+  EXPECT_EQ(make(best, "fma").value()->description(), "cpu " + best + " fma-gemm");
+  EXPECT_EQ(make("scalar", "auto").value()->description(), "cpu scalar fma-gemm");
+  for (const std::string gemm : {"avx512_bf16", "amx"}) {
+    const bool is_here = gemm == "amx" ? cpu::AmxDotBody().ok() : cpu::Avx512DotBody().ok();
+    const auto device = make(best, gemm);
+    EXPECT_EQ(device.ok(), is_here) << device.status();
+    if (is_here) {
+      EXPECT_EQ((*device)->description(), "cpu " + best + " " + gemm + "-gemm");
+    }
+    EXPECT_EQ(make("scalar", gemm).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+  EXPECT_EQ(make(best, "onednn").status().code(), absl::StatusCode::kInvalidArgument);
 }
 
-// Own arithmetic is one chain of fused multiply-adds per element on every SIMD target.
-TEST(OwnGemmTest, AllSimdTargetsGiveTheSameBits) {
+// It is one chain of fused multiply-adds per element on every SIMD target.
+TEST(FmaGemmTest, AllSimdTargetsGiveTheSameBits) {
   Random random(4);
   constexpr Shape kShape = {70, 333};
   for (const DType dtype : {DType::kF32, DType::kBF16}) {

@@ -41,7 +41,7 @@ inline std::vector<std::string> FastTargets() {
 
 class Rig {
  public:
-  explicit Rig(const std::string& target, int num_workers = 2, const std::string& gemm = "own") {
+  explicit Rig(const std::string& target, int num_workers = 2, const std::string& gemm = "fma") {
     CpuDeviceOptions options;
     options.target = target;
     options.num_workers = num_workers;

@@ -1,0 +1,166 @@
+// The GEMM body for AMX: two tiles of 16 rows against the two halves of a panel.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "kernels/cpu/gemm_dot.h"
+#include "kernels/cpu/tsan.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace spillway::cpu {
+
+#if defined(__x86_64__)
+namespace {
+
+#define SPILLWAY_AMX __attribute__((target("amx-tile,amx-bf16")))
+
+constexpr std::int64_t kTileRows = 16;
+constexpr std::int64_t kSumsStride = kPanelColumns * static_cast<std::int64_t>(sizeof(float));
+// How far ahead of its use a panel is fetched.
+constexpr std::int64_t kPrefetchBytes = 4096;
+
+// Tiles, which the intrinsics want as literals: 0 to 3 sums of (upper, lower) rows x (first, second) half of the panel,
+// 4 and 5 the upper and lower rows, 6 and 7 the halves.
+
+// What ldtilecfg reads.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1;
+  std::uint8_t start_row = 0;
+  std::array<std::uint8_t, 14> reserved{};
+  std::array<std::uint16_t, 16> row_bytes{};
+  std::array<std::uint8_t, 16> rows{};
+
+  constexpr TileConfig() = default;
+  constexpr explicit TileConfig(std::int64_t num_rows) {
+    const auto upper = static_cast<std::uint8_t>(std::min(num_rows, kTileRows));
+    const auto lower = static_cast<std::uint8_t>(num_rows - upper);
+    rows = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
+    for (std::size_t tile = 0; tile < 8; ++tile) row_bytes[tile] = rows[tile] == 0 ? 0 : kDotBlockBytes;
+  }
+};
+
+// By number of rows. Constants, since the compiler's intrinsic does not tell that it reads all of one.
+constexpr auto kConfigs = [] {
+  std::array<TileConfig, 2 * kTileRows + 1> configs{};
+  for (std::size_t rows = 1; rows < configs.size(); ++rows) configs[rows] = TileConfig(static_cast<std::int64_t>(rows));
+  return configs;
+}();
+
+template <bool kHasLower, bool kIsStreamed>
+SPILLWAY_AMX void MultiplyBlocks(const DotPiece& piece, const std::byte* a) {
+  const std::byte* const lower = a + kTileRows * piece.a_stride;
+  for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
+    const std::byte* const panel = piece.panel + block * 2 * kDotHalfBytes;
+    if constexpr (kIsStreamed) {
+#pragma GCC unroll 32
+      for (std::int64_t i = 0; i < 2 * kDotHalfBytes; i += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(panel) + kPrefetchBytes + i, _MM_HINT_T0);
+      }
+    }
+    _tile_loadd(6, panel, kDotBlockBytes);
+    _tile_loadd(4, a + block * kDotBlockBytes, piece.a_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kHasLower) {
+      _tile_loadd(5, lower + block * kDotBlockBytes, piece.a_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+SPILLWAY_AMX void BeginSums(const DotPiece& piece, float* sums, bool has_lower) {
+  float* const lower = sums + kTileRows * kPanelColumns;
+  if (piece.is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (!has_lower) return;
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, sums, kSumsStride);
+  _tile_loadd(1, sums + kDotHalfColumns, kSumsStride);
+  if (!has_lower) return;
+  _tile_loadd(2, lower, kSumsStride);
+  _tile_loadd(3, lower + kDotHalfColumns, kSumsStride);
+}
+
+SPILLWAY_AMX void EndSums(float* sums, bool has_lower) {
+  float* const lower = sums + kTileRows * kPanelColumns;
+  _tile_stored(0, sums, kSumsStride);
+  _tile_stored(1, sums + kDotHalfColumns, kSumsStride);
+  if (!has_lower) return;
+  _tile_stored(2, lower, kSumsStride);
+  _tile_stored(3, lower + kDotHalfColumns, kSumsStride);
+}
+
+SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
+  for (std::int64_t m = 0; m < piece.num_rows; ++m) {
+    DeclareRead(piece.a + m * piece.a_stride, static_cast<std::size_t>(piece.num_blocks * kDotBlockBytes));
+  }
+  DeclareRead(piece.panel, static_cast<std::size_t>(piece.num_blocks * 2 * kDotHalfBytes));
+  DeclareWrite(piece.sums, static_cast<std::size_t>(piece.num_rows * kSumsStride));
+
+  std::int64_t configured_rows = 0;
+  for (std::int64_t m = 0; m < piece.num_rows; m += 2 * kTileRows) {
+    const std::int64_t rows = std::min(piece.num_rows - m, 2 * kTileRows);
+    const bool has_lower = rows > kTileRows;
+    if (rows != configured_rows) {
+      _tile_loadconfig(&kConfigs[static_cast<std::size_t>(rows)]);
+      configured_rows = rows;
+    }
+    float* const sums = piece.sums + m * kPanelColumns;
+    const std::byte* const a = piece.a + m * piece.a_stride;
+    BeginSums(piece, sums, has_lower);
+    if (m == 0) {  // the rows that follow find the panel in a cache
+      has_lower ? MultiplyBlocks<true, true>(piece, a) : MultiplyBlocks<false, true>(piece, a);
+    } else {
+      has_lower ? MultiplyBlocks<true, false>(piece, a) : MultiplyBlocks<false, false>(piece, a);
+    }
+    EndSums(sums, has_lower);
+  }
+  _tile_release();
+}
+
+bool HasAmx() {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  constexpr unsigned kBF16 = 1U << 22U;
+  constexpr unsigned kTile = 1U << 24U;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBF16) != 0 && (d & kTile) != 0;
+}
+
+// The tiles are state that the system saves only for processes that asked.
+bool SystemAllowsTiles() {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return ::syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+absl::StatusOr<DotBody> AmxDotBody() {
+  if (!HasAmx()) return absl::FailedPreconditionError("this machine has no amx with bfloat16");
+  if (!SystemAllowsTiles()) return absl::FailedPreconditionError("the system does not let this process use amx");
+  return MultiplyPiece;
+}
+
+#else
+
+absl::StatusOr<DotBody> AmxDotBody() { return absl::FailedPreconditionError("amx is of x86 machines only"); }
+
+#endif
+
+}  // namespace spillway::cpu
