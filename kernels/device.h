@@ -71,7 +71,8 @@ struct CpuDeviceOptions {
   int num_workers = 0;
   // Bound of MemoryKind::kDevice. 0: unbounded.
   std::size_t memory_bytes = 0;
-  // "auto", "reference" (plain loops, double accumulation) or a SIMD target: "avx2", "avx512", "neon", "scalar".
+  // "auto", "reference" (plain loops, double accumulation) or a SIMD target: "avx2", "avx512",
+  // "avx512_bf16", "amx", "neon", "scalar".
   // INVALID_ARGUMENT if this machine lacks it; the message lists those it has.
   std::string target = "auto";
   // How BF16 is multiplied: "amx", "avx512_bf16" (AVX512_BF16), "fma" (the same bits on every target), or "auto": the

@@ -75,7 +75,7 @@ std::vector<OptionRow> MakeTable() {
       {.name = "cpu-target",
        .commands = kEngines,
        .target = SPILLWAY_AT(device.cpu_target),
-       .choices = {"auto", "reference", "scalar", "avx2", "avx512", "neon"},
+       .choices = {"auto", "reference", "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"},
        .group = "Device",
        .help = "SIMD target of the cpu device. auto: the best one this machine has."},
       {.name = "cpu-gemm",

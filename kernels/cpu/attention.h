@@ -1,33 +1,34 @@
 #pragma once
 
-// Paged causal attention. A work item is (sequence, kv head, tile of query rows), a query row being a (token, head of
-// the group) pair. Scores: lanes are the 16 keys of a strip, one chain of fused multiply-adds over ascending head_dim.
-// Values: lanes are head_dim, one chain over ascending tokens. So the arithmetic of a row does not depend on its
-// neighbours.
+// Paged causal attention. A work item is a tile: (sequence, kv head, query rows, range of keys), a query row being a
+// (token, head of the group) pair. The arithmetic of a row does not depend on its neighbours, nor on how its keys are
+// cut into items: segments are partial states merged in position order.
+//
+// F32, and bf16 where the target has no product of bf16 pairs: lanes of scores are the 16 keys of a strip, one chain of
+// fused multiply-adds over ascending head_dim; lanes of values are head_dim, one chain over ascending tokens. Bf16 on
+// avx512_bf16 and amx: attention_bf16.cc.
 
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/stream.h"
 #include "kernels/cpu/targets.h"
 #include "kernels/kernels.h"
 
 namespace spillway::cpu {
 
-// Query rows of one item: tokens [token_begin, token_end) of sequence `sequence`, all heads of kv head `kv_head`.
-struct AttentionTile {
-  std::int64_t sequence = 0;
-  int kv_head = 0;
-  std::int64_t token_begin = 0;  // row of the step
-  std::int64_t token_end = 0;
-};
-
 struct AttentionBodies {
+  std::int64_t rows_per_tile;  // among which the rearranging of keys and values is shared, at most
   void (*attend)(const AttentionArgs&, const AttentionTile&, Scratch&);
+  // Finishes the rows of a tile from the segment states that its items kept. The tile spans all its keys.
+  void (*merge)(const AttentionArgs&, const AttentionTile&, Scratch&);
 };
 
 const AttentionBodies& AttentionBodiesOf(Target target);
+// Null: the target has none.
+const AttentionBodies* Bf16AttentionBodiesOf(Target target);
 
-void RunAttention(const AttentionBodies& bodies, const WorkPlace& place, const AttentionArgs& args);
+void RunAttention(Target target, const WorkPlace& place, const AttentionArgs& args);
 
 }  // namespace spillway::cpu

@@ -234,25 +234,29 @@ void AddValuesToRows(const float* weights, const float* values, std::int64_t beg
 // The arithmetic of AttentionState on this target.
 template <typename Out>
 struct StateArithmetic {
-  std::size_t dim;
-  std::size_t padded_dim;
+  std::int64_t dim;
   Out* result;  // of the row being normalized
 
   float Exp2(float x) const { return hn::GetLane(HWY_NAMESPACE::Exp2(hn::Set(F(), x))); }
   void ScaleAdd(float* running, float a, const float* segment, float b) const {
-    for (std::size_t d = 0; d < padded_dim; d += kLanes) {
+    for (std::int64_t d = 0; d < dim; d += kLanes) {
       const VF scaled = hn::Mul(hn::LoadU(F(), running + d), hn::Set(F(), a));
       hn::StoreU(Fma(hn::LoadU(F(), segment + d), hn::Set(F(), b), scaled), F(), running + d);
     }
   }
   void Scale(const float* out, float factor) const {
-    std::size_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
+    constexpr auto kStep = static_cast<std::int64_t>(kLanes);
+    std::int64_t d = 0;
+    for (; d + kStep <= dim; d += kStep) {
       StoreNarrow(hn::Mul(hn::LoadU(F(), out + d), hn::Set(F(), factor)), result + d);
     }
-    if (d < dim) StoreTail(hn::Mul(hn::LoadU(F(), out + d), hn::Set(F(), factor)), dim - d, result + d);
+    if (d < dim) {
+      StoreTail(hn::Mul(hn::LoadU(F(), out + d), hn::Set(F(), factor)), static_cast<std::size_t>(dim - d), result + d);
+    }
   }
 };
+
+using States = RowStates<StateArithmetic>;
 
 // Working memory of one tile, carved from the worker's scratch.
 struct TileMemory {
@@ -261,26 +265,21 @@ struct TileMemory {
   float* values;                   // [16][padded_dim]
   float* scores;                   // [rows][kSegmentTokens]
   float* segment;                  // [rows][padded_dim]
-  float* running;                  // [rows][padded_dim]
   AttentionState* segment_states;  // [rows]
-  AttentionState* running_states;  // [rows]
+  std::byte* running;
 
-  TileMemory(std::int64_t num_rows, std::size_t dim, std::size_t padded_dim, Scratch& scratch) {
-    const auto rows = static_cast<std::size_t>(num_rows);
+  TileMemory(const TileRows& tile_rows, std::size_t dim, std::size_t padded_dim, Scratch& scratch) {
+    const auto rows = static_cast<std::size_t>(tile_rows.size());
     const auto line = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
-    const std::size_t sizes[] = {line(rows * dim * 4),
-                                 line(kStripsPerScore * dim * kGroup * 4),
-                                 line(kGroup * padded_dim * 4),
-                                 line(rows * kSegmentTokens * 4),
-                                 line(rows * padded_dim * 4),
-                                 line(rows * padded_dim * 4),
-                                 line(rows * sizeof(AttentionState)),
-                                 line(rows * sizeof(AttentionState))};
+    const std::size_t sizes[] = {line(rows * dim * 4),          line(kStripsPerScore * dim * kGroup * 4),
+                                 line(kGroup * padded_dim * 4), line(rows * kSegmentTokens * 4),
+                                 line(rows * padded_dim * 4),   line(rows * sizeof(AttentionState)),
+                                 States::SizeBytes(tile_rows)};
     std::size_t total = 0;
     for (const std::size_t size : sizes) total += size;
     std::byte* at = scratch.Get(total);
-    std::byte* parts[8];
-    for (std::size_t i = 0; i < 8; ++i) {
+    std::byte* parts[7];
+    for (std::size_t i = 0; i < 7; ++i) {
       parts[i] = at;
       at += sizes[i];
     }
@@ -289,116 +288,51 @@ struct TileMemory {
     values = reinterpret_cast<float*>(parts[2]);
     scores = reinterpret_cast<float*>(parts[3]);
     segment = reinterpret_cast<float*>(parts[4]);
-    running = reinterpret_cast<float*>(parts[5]);
-    segment_states = reinterpret_cast<AttentionState*>(parts[6]);
-    running_states = reinterpret_cast<AttentionState*>(parts[7]);
+    segment_states = reinterpret_cast<AttentionState*>(parts[5]);
+    running = parts[6];
   }
 };
 
-// One tile with K and V of type T. Its query rows ascend in position: token by token, heads of the group within.
+// One tile with K and V of type T.
 template <typename T>
 class TileRun {
  public:
   TileRun(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratch)
-      : args_(args),
-        tile_(tile),
+      : rows_(args, tile),
         dim_(static_cast<std::size_t>(args.kv.layout.head_dim)),
         padded_dim_((dim_ + kLanes - 1) / kLanes * kLanes),
-        group_(args.num_heads / args.kv.layout.num_kv_heads),
-        num_rows_((tile.token_end - tile.token_begin) * group_),
-        first_position_(args.first_position[tile.sequence] + (tile.token_begin - args.query_begin[tile.sequence])),
-        key_begin_(args.pass == AttentionPass::kWhole ? 0 : args.key_begin[tile.sequence]),
-        key_end_(KeyEnd()),
-        blocks_(args.block_table + args.block_begin[tile.sequence]),
-        memory_(num_rows_, dim_, padded_dim_, scratch) {}
+        memory_(rows_, dim_, padded_dim_, scratch),
+        states_(rows_, memory_.running) {}
 
   void Run() {
-    if (args_.q_dtype == DType::kF32) {
+    const AttentionTile& tile = rows_.tile();
+    if (rows_.args().q_dtype == DType::kF32) {
       WidenQueries<float>();
     } else {
       WidenQueries<std::uint16_t>();
     }
-    BeginStates();
-    for (std::int64_t begin = key_begin_; begin < key_end_; begin += kSegmentTokens) RunSegment(begin);
-    if (args_.pass == AttentionPass::kFirst || args_.pass == AttentionPass::kMiddle) {
-      KeepStates();
-    } else if (args_.out_dtype == DType::kF32) {
-      WriteOut<float>();
-    } else {
-      WriteOut<std::uint16_t>();
-    }
+    if (tile.segment_states == nullptr) states_.Begin();
+    for (std::int64_t begin = tile.key_begin; begin < tile.key_end; begin += kSegmentTokens) RunSegment(begin);
+    if (tile.segment_states == nullptr) states_.Finish();
+  }
+
+  void Merge() {
+    states_.Begin();
+    states_.MergeKept();
+    states_.Finish();
   }
 
  private:
-  std::int64_t PositionOf(std::int64_t row) const { return first_position_ + row / group_; }
-  // The end of the keys that this call reads.
-  std::int64_t KeyEnd() const {
-    const std::int64_t end = PositionOf(num_rows_ - 1) + 1;
-    return args_.pass == AttentionPass::kWhole ? end : std::min<std::int64_t>(end, args_.key_end[tile_.sequence]);
-  }
-  // First row that sees key `position`.
-  std::int64_t FirstRowOf(std::int64_t position) const {
-    return std::clamp<std::int64_t>((position - first_position_) * group_, 0, num_rows_);
-  }
-  // Element offset of a row in q and out.
-  std::int64_t OffsetOf(std::int64_t row) const {
-    const std::int64_t head = tile_.kv_head * group_ + row % group_;
-    return ((tile_.token_begin + row / group_) * args_.num_heads + head) * static_cast<std::int64_t>(dim_);
-  }
-  const T* StripOf(std::int64_t block) const {
-    const KvLayout& layout = args_.kv.layout;
-    return reinterpret_cast<const T*>(
-        args_.kv.pool + static_cast<std::size_t>(blocks_[block - key_begin_ / kBlockTokens]) * layout.block_bytes() +
-        layout.strip_offset(args_.layer, tile_.kv_head));
-  }
+  const T* StripOf(std::int64_t block) const { return reinterpret_cast<const T*>(rows_.StripOf(block)); }
 
   template <typename Q>
   void WidenQueries() {
-    for (std::int64_t r = 0; r < num_rows_; ++r) {
-      const Q* const from = reinterpret_cast<const Q*>(args_.q) + OffsetOf(r);
+    for (std::int64_t r = 0; r < rows_.size(); ++r) {
+      const Q* const from = reinterpret_cast<const Q*>(rows_.args().q) + rows_.OffsetOf(r);
       float* const to = memory_.q + r * dim_;
       std::size_t d = 0;
       for (; d + kLanes <= dim_; d += kLanes) hn::StoreU(LoadWide(from + d), F(), to + d);
       for (; d < dim_; ++d) to[d] = Widen(from[d]);
-    }
-  }
-
-  // Of row r, between calls: out, max, sum.
-  float* CarriedState(std::int64_t r) const {
-    const auto dim = static_cast<std::int64_t>(dim_);
-    return args_.states + OffsetOf(r) / dim * (dim + 2);
-  }
-
-  void BeginStates() {
-    std::fill_n(memory_.running, num_rows_ * padded_dim_, 0.0F);
-    const bool is_carried = args_.pass == AttentionPass::kMiddle || args_.pass == AttentionPass::kLast;
-    for (std::int64_t r = 0; r < num_rows_; ++r) {
-      AttentionState& state = memory_.running_states[r];
-      state = AttentionState{};
-      state.out = memory_.running + r * padded_dim_;
-      if (!is_carried) continue;
-      const float* const carried = CarriedState(r);
-      std::copy_n(carried, dim_, state.out);
-      state.max = carried[dim_];
-      state.sum = carried[dim_ + 1];
-    }
-  }
-
-  void KeepStates() {
-    for (std::int64_t r = 0; r < num_rows_; ++r) {
-      const AttentionState& state = memory_.running_states[r];
-      float* const carried = CarriedState(r);
-      std::copy_n(state.out, dim_, carried);
-      carried[dim_] = state.max;
-      carried[dim_ + 1] = state.sum;
-    }
-  }
-
-  template <typename Out>
-  void WriteOut() {
-    for (std::int64_t r = 0; r < num_rows_; ++r) {
-      StateArithmetic<Out> arithmetic{dim_, padded_dim_, reinterpret_cast<Out*>(args_.out) + OffsetOf(r)};
-      NormalizeAttentionState(arithmetic, memory_.running_states[r]);
     }
   }
 
@@ -407,7 +341,7 @@ class TileRun {
     if (ahead_block_ > last_block_) return {reinterpret_cast<const std::byte*>(memory_.q), 0};
     const Lines lines = {reinterpret_cast<const std::byte*>(StripOf(ahead_block_)) + ahead_bytes_, 64};
     ahead_bytes_ += count * 64;
-    if (ahead_bytes_ >= args_.kv.layout.strip_bytes()) {
+    if (ahead_bytes_ >= rows_.args().kv.layout.strip_bytes()) {
       ahead_bytes_ = 0;
       ++ahead_block_;
     }
@@ -419,36 +353,28 @@ class TileRun {
   // What is fetched is beyond block `current` and at most a segment away, so that it is still cached when its turn
   // comes.
   void FetchBeyond(std::int64_t current) {
-    last_block_ = std::min(current + kStripsPerSegment, (key_end_ - 1) / kBlockTokens);
+    last_block_ = std::min(current + kStripsPerSegment, (rows_.tile().key_end - 1) / kBlockTokens);
     if (ahead_block_ > current) return;
     ahead_block_ = current + 1;
     ahead_bytes_ = 0;
   }
 
   void RunSegment(std::int64_t begin) {
-    const std::int64_t end = std::min(begin + kSegmentTokens, key_end_);
-    const std::int64_t first_row = FirstRowOf(begin);
+    const std::int64_t end = std::min(begin + kSegmentTokens, rows_.tile().key_end);
+    const std::int64_t first_row = rows_.FirstRowOf(begin);
     ScoreSegment(begin, end);
-    for (std::int64_t r = first_row; r < num_rows_; ++r) {
+    for (std::int64_t r = first_row; r < rows_.size(); ++r) {
       AttentionState& state = memory_.segment_states[r];
       state.out = memory_.segment + r * padded_dim_;
-      Softmax(NumKeys(r, begin, end), memory_.scores + r * kSegmentTokens, state);
+      Softmax(rows_.NumKeys(r, begin, end), memory_.scores + r * kSegmentTokens, state);
     }
-    std::fill_n(memory_.segment + first_row * padded_dim_, (num_rows_ - first_row) * padded_dim_, 0.0F);
+    std::fill_n(memory_.segment + first_row * padded_dim_, (rows_.size() - first_row) * padded_dim_, 0.0F);
     for (std::int64_t at = begin; at < end; at += kBlockTokens) AddStrip(at, begin, end);
-    StateArithmetic<float> arithmetic{dim_, padded_dim_, nullptr};
-    for (std::int64_t r = first_row; r < num_rows_; ++r) {
-      MergeAttentionState(arithmetic, memory_.segment_states[r], memory_.running_states[r]);
-    }
-  }
-
-  // Keys of [begin, end) that row r sees.
-  std::int64_t NumKeys(std::int64_t r, std::int64_t begin, std::int64_t end) const {
-    return std::min(PositionOf(r) + 1, end) - begin;
+    for (std::int64_t r = first_row; r < rows_.size(); ++r) states_.Take(begin, r, memory_.segment_states[r]);
   }
 
   void ScoreSegment(std::int64_t begin, std::int64_t end) {
-    const float scale = args_.scale * kLog2E;
+    const float scale = rows_.args().scale * kLog2E;
     const std::int64_t block_end = (end + kBlockTokens - 1) / kBlockTokens;
     for (std::int64_t block = begin / kBlockTokens; block < block_end;) {
       const std::int64_t count = block_end - block >= kStripsPerScore ? kStripsPerScore : 1;
@@ -456,13 +382,13 @@ class TileRun {
         TransposeKeys(StripOf(block + s), dim_, memory_.keys + s * dim_ * kGroup);
       }
       FetchBeyond(block + count - 1);
-      const std::int64_t first_row = FirstRowOf(block * kBlockTokens);
+      const std::int64_t first_row = rows_.FirstRowOf(block * kBlockTokens);
       const float* const q = memory_.q + first_row * dim_;
       float* const scores = memory_.scores + first_row * kSegmentTokens + (block * kBlockTokens - begin);
       if (count == 1) {
-        ScoreRows<1>(q, num_rows_ - first_row, memory_.keys, dim_, scale, scores, LineTaker());
+        ScoreRows<1>(q, rows_.size() - first_row, memory_.keys, dim_, scale, scores, LineTaker());
       } else {
-        ScoreRows<kStripsPerScore>(q, num_rows_ - first_row, memory_.keys, dim_, scale, scores, LineTaker());
+        ScoreRows<kStripsPerScore>(q, rows_.size() - first_row, memory_.keys, dim_, scale, scores, LineTaker());
       }
       block += count;
     }
@@ -470,13 +396,13 @@ class TileRun {
 
   // The values of the strip at position `at` into the states of segment [begin, end).
   void AddStrip(std::int64_t at, std::int64_t begin, std::int64_t end) {
-    last_block_ = std::min((at + kSegmentTokens) / kBlockTokens, (key_end_ - 1) / kBlockTokens);
+    last_block_ = std::min((at + kSegmentTokens) / kBlockTokens, (rows_.tile().key_end - 1) / kBlockTokens);
     const std::int64_t num_tokens = std::min<std::int64_t>(kBlockTokens, end - at);
     WidenValues(StripOf(at / kBlockTokens), static_cast<std::size_t>(num_tokens), dim_, padded_dim_, memory_.values);
     // Tokens of this strip that row r sees; none of the others is touched, since 0 times infinity is not 0.
-    const auto seen = [&](std::int64_t r) { return std::min(NumKeys(r, begin, end) - (at - begin), num_tokens); };
-    std::int64_t r = FirstRowOf(at);
-    for (; r + kRowsPerValue <= num_rows_; r += kRowsPerValue) {
+    const auto seen = [&](std::int64_t r) { return std::min(rows_.NumKeys(r, begin, end) - (at - begin), num_tokens); };
+    std::int64_t r = rows_.FirstRowOf(at);
+    for (; r + kRowsPerValue <= rows_.size(); r += kRowsPerValue) {
       const float* const weights = memory_.scores + r * kSegmentTokens + (at - begin);
       float* const out = memory_.segment + r * padded_dim_;
       const std::int64_t common = seen(r);
@@ -486,23 +412,17 @@ class TileRun {
                            out + i * padded_dim_, LineTaker());
       }
     }
-    for (; r < num_rows_; ++r) {
+    for (; r < rows_.size(); ++r) {
       AddValuesToRows<1>(memory_.scores + r * kSegmentTokens + (at - begin), memory_.values, 0, seen(r), padded_dim_,
                          memory_.segment + r * padded_dim_, LineTaker());
     }
   }
 
-  const AttentionArgs& args_;
-  const AttentionTile& tile_;
+  const TileRows rows_;
   const std::size_t dim_;
   const std::size_t padded_dim_;
-  const std::int64_t group_;
-  const std::int64_t num_rows_;
-  const std::int64_t first_position_;
-  const std::int64_t key_begin_;
-  const std::int64_t key_end_;
-  const std::int32_t* const blocks_;  // from key_begin_ on
   const TileMemory memory_;
+  States states_;
   std::int64_t ahead_block_ = 0;  // what TakeLines hands out next
   std::size_t ahead_bytes_ = 0;
   std::int64_t last_block_ = 0;
@@ -516,7 +436,12 @@ void Attend(const AttentionArgs& args, const AttentionTile& tile, Scratch& scrat
   }
 }
 
-constexpr AttentionBodies kAttentionBodies = {Attend};
+void Merge(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratch) {
+  TileRun<float>(args, tile, scratch).Merge();
+}
+
+// The transposition of a strip is shared among the rows of a tile.
+constexpr AttentionBodies kAttentionBodies = {128, Attend, Merge};
 
 }  // namespace spillway::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

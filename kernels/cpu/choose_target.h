@@ -31,6 +31,8 @@
 #if (HWY_TARGETS & HWY_AVX3) != 0
 #define SPILLWAY_CASE_AVX512(TABLE) \
   case Target::kAvx512:             \
+  case Target::kAvx512Bf16:         \
+  case Target::kAmx:                \
     return N_AVX3::TABLE;
 #else
 #define SPILLWAY_CASE_AVX512(TABLE)

@@ -58,11 +58,11 @@ class FastKernels final : public Kernels {
  public:
   // `dot` is null where BF16 is multiplied as F32 is.
   FastKernels(Target target, DotBody dot, WorkerPool& pool)
-      : dot_(dot),
+      : target_(target),
+        dot_(dot),
         pool_(pool),
         gemm_(GemmBodiesOf(target)),
         rows_(RowBodiesOf(target)),
-        attention_(AttentionBodiesOf(target)),
         sample_(SampleBodiesOf(target)) {}
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
@@ -106,7 +106,7 @@ class FastKernels final : public Kernels {
   }
 
   void Attention(Stream& stream, const AttentionArgs& args) const override {
-    Queue(stream, [this, args](const WorkPlace& place) { RunAttention(attention_, place, args); });
+    Queue(stream, [this, args](const WorkPlace& place) { RunAttention(target_, place, args); });
   }
 
   void SiluMul(Stream& stream, const SiluMulArgs& args) const override {
@@ -129,11 +129,11 @@ class FastKernels final : public Kernels {
     });
   }
 
+  const Target target_;
   const DotBody dot_;
   WorkerPool& pool_;
   const GemmBodies& gemm_;
   const RowBodies& rows_;
-  const AttentionBodies& attention_;
   const SampleBodies& sample_;
 };
 
@@ -149,12 +149,12 @@ absl::StatusOr<Choice> ChooseGemm(Target target, std::string_view gemm) {
     return absl::InvalidArgumentError(
         absl::StrCat("cpu device: gemm '", std::string(gemm), "' is none of auto, fma, avx512_bf16, amx"));
   }
-  if (target != Target::kAvx512) {
+  if (!HasAvx512(target)) {
     if (gemm == "auto") return Choice{};
     return absl::InvalidArgumentError(absl::StrCat(
-        "cpu device: gemm '", std::string(gemm), "' goes with target avx512, not with ", std::string(NameOf(target))));
+        "cpu device: gemm '", std::string(gemm), "' goes with the avx512 targets, not with ", std::string(NameOf(target))));
   }
-  if (gemm != "avx512_bf16") {
+  if (gemm == "amx" || (gemm == "auto" && target != Target::kAvx512Bf16)) {
     const absl::StatusOr<DotBody> amx = AmxDotBody();
     if (amx.ok()) return Choice{*amx, "amx"};
     if (gemm == "amx") return absl::InvalidArgumentError(absl::StrCat("cpu device: ", amx.status().message()));

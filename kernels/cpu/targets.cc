@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "hwy/highway.h"
+#include "kernels/cpu/bf16_tiles.h"
 
 namespace spillway::cpu {
 
@@ -17,8 +18,16 @@ std::string_view NameOf(Target target) {
       return "avx2";
     case Target::kAvx512:
       return "avx512";
+    case Target::kAvx512Bf16:
+      return "avx512_bf16";
+    case Target::kAmx:
+      return "amx";
   }
   return "?";
+}
+
+bool HasAvx512(Target target) {
+  return target == Target::kAvx512 || target == Target::kAvx512Bf16 || target == Target::kAmx;
 }
 
 std::vector<Target> SupportedTargets() {
@@ -27,7 +36,11 @@ std::vector<Target> SupportedTargets() {
   if ((HWY_TARGETS & HWY_SCALAR) != 0) targets.push_back(Target::kScalar);
   if ((supported & HWY_NEON) != 0) targets.push_back(Target::kNeon);
   if ((supported & HWY_AVX2) != 0) targets.push_back(Target::kAvx2);
-  if ((supported & HWY_AVX3) != 0) targets.push_back(Target::kAvx512);
+  if ((supported & HWY_AVX3) != 0) {
+    targets.push_back(Target::kAvx512);
+    if (HasAvx512Bf16()) targets.push_back(Target::kAvx512Bf16);
+    if (HasAmx()) targets.push_back(Target::kAmx);
+  }
   return targets;
 }
 

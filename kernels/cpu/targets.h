@@ -11,9 +11,13 @@
 
 namespace spillway::cpu {
 
-enum class Target : std::uint8_t { kScalar, kNeon, kAvx2, kAvx512 };
+// kAvx512Bf16 and kAmx are kAvx512 with attention of their own over bf16 (attention_bf16.cc).
+enum class Target : std::uint8_t { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 std::string_view NameOf(Target target);
+
+// kAvx512 or wider: what oneDNN's invariance was found for.
+bool HasAvx512(Target target);
 
 // Those compiled in that this machine can run, the best one last.
 std::vector<Target> SupportedTargets();

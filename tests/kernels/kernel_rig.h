@@ -120,6 +120,20 @@ inline void ExpectNear(const std::vector<float>& actual, const std::vector<float
   }
 }
 
+// The norm of the error, relative to that of the oracle.
+inline void ExpectNearByNorm(const std::vector<float>& actual, const std::vector<float>& oracle, double tolerance,
+                             const std::string& what) {
+  ASSERT_EQ(actual.size(), oracle.size()) << what;
+  double error = 0;
+  double norm = 0;
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    ASSERT_FALSE(std::isnan(actual[i])) << what << ": element " << i;
+    error += (double{actual[i]} - oracle[i]) * (double{actual[i]} - oracle[i]);
+    norm += double{oracle[i]} * oracle[i];
+  }
+  ASSERT_LE(std::sqrt(error), tolerance * std::sqrt(norm)) << what;
+}
+
 inline void ExpectSameBits(const std::vector<float>& actual, const std::vector<float>& expected,
                            const std::string& what) {
   ASSERT_EQ(actual.size(), expected.size()) << what;

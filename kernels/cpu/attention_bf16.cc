@@ -1,0 +1,378 @@
+// Attention over bf16 in products of bf16 tiles (bf16_tiles.h). Scores: the left matrix is the query rows, the right
+// one a strip's keys, so that lanes are keys. Values: the left matrix is the weights, rounded to bf16, the right one
+// the values of 32 tokens. The sum of a row is that of the rounded weights.
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/bf16_tiles.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/exp2p.h"
+
+// GCC 12 takes the deliberately undefined vectors of its own intrinsics for ours.
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define SPILLWAY_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+namespace spillway::cpu {
+namespace {
+
+// Query rows whose scores of a segment are computed, weighed and summed before the next ones.
+constexpr std::int64_t kRowsPerBlock = 32;
+// How far ahead of its use memory is fetched.
+constexpr std::int64_t kStripsAhead = 16;
+static_assert(kBlockTokens == kTileColumns && kRowsPerBlock % kTileRows == 0);
+
+SPILLWAY_AVX512_BF16 inline __m512 Exp2(__m512 x) {
+  const __mmask16 in_range = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kExp2Lowest), _CMP_GE_OQ);
+  // Adding this leaves the nearest integer (half to even) in the low bits.
+  const __m512 shift = _mm512_set1_ps(0x1.8p23F);
+  const __m512 shifted = _mm512_add_ps(x, shift);
+  const __m512 rest = _mm512_sub_ps(x, _mm512_sub_ps(shifted, shift));
+  __m512 p = _mm512_set1_ps(kExp2Coefficients[6]);
+#pragma GCC unroll 6
+  for (int i = 5; i >= 0; --i) p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(kExp2Coefficients[i]));
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(in_range, _mm512_castps_si512(p), exponent));
+}
+
+// Lanes [0, count) of a vector of 16; all of it from 16 on.
+inline __mmask16 FirstLanes(std::int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffffU : (1U << count) - 1U);
+}
+inline __mmask32 FirstWords(std::int64_t count) {
+  return static_cast<__mmask32>(count >= 32 ? 0xffffffffU : (1U << count) - 1U);
+}
+
+SPILLWAY_AVX512_BF16 inline __m512i LoadWords(const std::uint16_t* from, std::int64_t count) {
+  if (count >= 32) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi16(FirstWords(count), from);
+}
+
+// to[column][row] = the 32-bit words of 16 rows, `stride` 16-bit words apart.
+SPILLWAY_AVX512_BF16 inline void TransposeTile(const std::uint16_t* from, std::int64_t stride, std::byte* to) {
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    __m512i rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const std::uint16_t* const at = from + i * stride + 8 * quarter;
+      const auto load = [](const std::uint16_t* p) { return reinterpret_cast<const __m128i*>(p); };
+      __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(load(at)));
+      v = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 4 * stride)), 1);
+      v = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 8 * stride)), 2);
+      rows[i] = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 12 * stride)), 3);
+    }
+    const __m512i low_01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+    const __m512i high_01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    const __m512i low_23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    const __m512i high_23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    std::byte* const out = to + quarter * 256;
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low_01, low_23));
+    _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(low_01, low_23));
+    _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi64(high_01, high_23));
+    _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi64(high_01, high_23));
+  }
+}
+
+// Turns raw scores of `num_keys` keys into weights 2^(scale * score - max), rounded, and zeros up to `padded_keys`, a
+// multiple of 32.
+SPILLWAY_AVX512_BF16 void Weigh(const float* scores, std::int64_t num_keys, std::int64_t padded_keys, float scale,
+                                std::uint16_t* weights, AttentionState& state) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  __m512 max = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (std::int64_t i = 0; i < num_keys; i += 16) {
+    const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + i), factor);
+    max = _mm512_mask_max_ps(max, FirstLanes(num_keys - i), max, score);
+  }
+  state.max = _mm512_reduce_max_ps(max);
+  max = _mm512_set1_ps(state.max);
+  __m512 sum = _mm512_setzero_ps();
+  std::int64_t i = 0;
+  for (; i < num_keys; i += 32) {
+    __m512 low = Exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, max));
+    __m512 high = Exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), factor, max));
+    if (num_keys - i < 32) {
+      low = _mm512_maskz_mov_ps(FirstLanes(num_keys - i), low);
+      high = _mm512_maskz_mov_ps(FirstLanes(std::max<std::int64_t>(num_keys - i - 16, 0)), high);
+    }
+    const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    _mm512_storeu_si512(weights + i, rounded);
+    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
+    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(-0x10000))));
+  }
+  for (; i < padded_keys; i += 32) _mm512_storeu_si512(weights + i, _mm512_setzero_si512());
+  state.sum = _mm512_reduce_add_ps(sum);
+}
+
+template <typename Out>
+struct StateArithmetic {
+  std::int64_t dim;
+  Out* result;  // of the row being normalized
+
+  // Exp2p.
+  SPILLWAY_AVX512_BF16 float Exp2(float x) const { return _mm512_cvtss_f32(cpu::Exp2(_mm512_set1_ps(x))); }
+  SPILLWAY_AVX512_BF16 void ScaleAdd(float* running, float a, const float* segment, float b) const {
+    for (std::int64_t d = 0; d < dim; d += 16) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(running + d), _mm512_set1_ps(a));
+      _mm512_storeu_ps(running + d, _mm512_fmadd_ps(_mm512_loadu_ps(segment + d), _mm512_set1_ps(b), scaled));
+    }
+  }
+  SPILLWAY_AVX512_BF16 void Scale(const float* out, float factor) const {
+    for (std::int64_t d = 0; d < dim; d += 16) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(out + d), _mm512_set1_ps(factor));
+      if constexpr (std::is_same_v<Out, float>) {
+        _mm512_mask_storeu_ps(result + d, FirstLanes(dim - d), scaled);
+      } else {
+        const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled));
+        _mm256_mask_storeu_epi16(result + d, FirstLanes(dim - d), rounded);
+      }
+    }
+  }
+};
+
+using States = RowStates<StateArithmetic>;
+
+// Working memory of one tile, carved from the worker's scratch. Rows of `queries` and of the block's arrays are padded.
+struct TileMemory {
+  std::uint16_t* queries;  // [rows + kTileRows][padded_dim]
+  std::byte* keys;         // tiles [strip][depth]
+  std::byte* values;       // tiles [depth][columns]
+  float* scores;           // [kRowsPerBlock][kSegmentTokens]
+  std::uint16_t* weights;  // [kRowsPerBlock][kSegmentTokens]
+  float* outs;             // [kRowsPerBlock][padded_dim]
+  std::byte* states;
+
+  TileMemory(const TileRows& rows, std::int64_t padded_dim, Scratch& scratch) {
+    const auto padded = static_cast<std::size_t>(padded_dim);
+    const std::size_t sizes[] = {static_cast<std::size_t>(rows.size() + kRowsPerBlock) * padded * 2,
+                                 kSegmentTokens * padded * 2,
+                                 kSegmentTokens * padded * 2,
+                                 kRowsPerBlock * kSegmentTokens * 4,
+                                 kRowsPerBlock * kSegmentTokens * 2,
+                                 kRowsPerBlock * padded * 4,
+                                 States::SizeBytes(rows)};
+    std::size_t total = 0;
+    for (const std::size_t size : sizes) total += size;
+    std::byte* at = scratch.Get(total);
+    std::byte* parts[7];
+    for (std::size_t i = 0; i < 7; ++i) {
+      parts[i] = at;
+      at += sizes[i];
+    }
+    queries = reinterpret_cast<std::uint16_t*>(parts[0]);
+    keys = parts[1];
+    values = parts[2];
+    scores = reinterpret_cast<float*>(parts[3]);
+    weights = reinterpret_cast<std::uint16_t*>(parts[4]);
+    outs = reinterpret_cast<float*>(parts[5]);
+    states = parts[6];
+  }
+};
+
+class TileRun {
+ public:
+  TileRun(const TileBodies& tiles, const AttentionArgs& args, const AttentionTile& tile, Scratch& scratch)
+      : tiles_(tiles),
+        rows_(args, tile),
+        dim_(args.kv.layout.head_dim),
+        padded_dim_((dim_ + kTileDepth - 1) / kTileDepth * kTileDepth),
+        depth_(padded_dim_ / kTileDepth),
+        scale_(args.scale * kLog2E),
+        memory_(rows_, padded_dim_, scratch),
+        states_(rows_, memory_.states) {}
+
+  void Run() {
+    const AttentionTile& tile = rows_.tile();
+    CopyQueries();
+    if (tile.segment_states == nullptr) states_.Begin();
+    for (std::int64_t begin = tile.key_begin; begin < tile.key_end; begin += kSegmentTokens) RunSegment(begin);
+    if (tile.segment_states == nullptr) states_.Finish();
+  }
+
+  void Merge() {
+    states_.Begin();
+    states_.MergeKept();
+    states_.Finish();
+  }
+
+ private:
+  const std::uint16_t* StripOf(std::int64_t block) const {
+    return reinterpret_cast<const std::uint16_t*>(rows_.StripOf(block));
+  }
+
+  SPILLWAY_AVX512_BF16 void CopyQueries() {
+    for (std::int64_t r = 0; r < rows_.size(); ++r) {
+      const auto* const from = reinterpret_cast<const std::uint16_t*>(rows_.args().q) + rows_.OffsetOf(r);
+      for (std::int64_t d = 0; d < padded_dim_; d += 32) {
+        _mm512_storeu_si512(memory_.queries + r * padded_dim_ + d, LoadWords(from + d, dim_ - d));
+      }
+    }
+  }
+
+  // The half of the rows of a later strip that is at `offset`: K or V.
+  void FetchAhead(std::int64_t block, std::int64_t offset) const {
+    if (block * kBlockTokens >= rows_.tile().key_end) return;
+    const auto* const strip = reinterpret_cast<const std::byte*>(StripOf(block) + offset);
+    for (std::int64_t j = 0; j < kBlockTokens; ++j) {
+      for (std::int64_t d = 0; d < dim_ * 2; d += 64) __builtin_prefetch(strip + j * dim_ * 4 + d, 0, 2);
+    }
+  }
+
+  SPILLWAY_AVX512_BF16 void PackKeys(std::int64_t begin, std::int64_t end) {
+    std::byte* to = memory_.keys;
+    for (std::int64_t block = begin / kBlockTokens; block * kBlockTokens < end; ++block) {
+      FetchAhead(block + kStripsAhead, 0);
+      const std::uint16_t* const strip = StripOf(block);
+      for (std::int64_t d = 0; d < dim_; d += kTileDepth, to += kTileBytes) {
+        if (d + kTileDepth <= dim_) {
+          TransposeTile(strip + d, 2 * dim_, to);
+          continue;
+        }
+        alignas(64) std::uint16_t tail[kBlockTokens * kTileDepth];
+        for (std::int64_t j = 0; j < kBlockTokens; ++j) {
+          _mm512_store_si512(tail + j * kTileDepth, LoadWords(strip + j * 2 * dim_ + d, dim_ - d));
+        }
+        TransposeTile(tail, kTileDepth, to);
+      }
+    }
+  }
+
+  // Values of [begin, end), zero up to whole tiles. Whether one that some row does not see is infinite or NaN.
+  SPILLWAY_AVX512_BF16 bool PackValues(std::int64_t begin, std::int64_t end) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    const std::int64_t seen_by_all = rows_.PositionOf(0);
+    __mmask32 not_finite = 0;
+    std::byte* to = memory_.values;
+    for (std::int64_t at = begin; at < end; at += kTileDepth, to += padded_dim_ / kTileColumns * kTileBytes) {
+      for (std::int64_t strip = 0; strip < 2; ++strip) {
+        const std::int64_t first = at + strip * kBlockTokens;
+        if (first < end) FetchAhead(first / kBlockTokens + kStripsAhead, dim_);
+        const std::uint16_t* const values = StripOf(std::min(first, end - 1) / kBlockTokens) + dim_;
+        for (std::int64_t j = 0; j < kBlockTokens; j += 2) {
+          for (std::int64_t d = 0; d < padded_dim_; d += 32) {
+            const std::uint16_t* const row = values + j * 2 * dim_ + d;
+            const __m512i even = first + j < end ? LoadWords(row, dim_ - d) : _mm512_setzero_si512();
+            const __m512i odd = first + j + 1 < end ? LoadWords(row + 2 * dim_, dim_ - d) : _mm512_setzero_si512();
+            std::byte* const pair = to + d / kTileColumns * kTileBytes + (strip * kBlockTokens + j) * 32;
+            _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(pair + kTileBytes, _mm512_permutex2var_epi16(even, high, odd));
+            if (first + j + 1 <= seen_by_all) continue;
+            not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
+            not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
+          }
+        }
+      }
+    }
+    return not_finite != 0;
+  }
+
+  void RunSegment(std::int64_t begin) {
+    const std::int64_t end = std::min<std::int64_t>(begin + kSegmentTokens, rows_.tile().key_end);
+    PackKeys(begin, end);
+    if (!PackValues(begin, end)) {
+      for (std::int64_t r = rows_.FirstRowOf(begin); r < rows_.size(); r += kRowsPerBlock) {
+        RunRows(begin, end, r, std::min(r + kRowsPerBlock, rows_.size()));
+      }
+      return;
+    }
+    // A weight of zero times such a value is NaN: each token's rows meet only the values that they see.
+    for (std::int64_t r = rows_.FirstRowOf(begin); r < rows_.size(); r += rows_.group()) {
+      const std::int64_t seen_end = begin + rows_.NumKeys(r, begin, end);
+      PackValues(begin, seen_end);
+      for (std::int64_t i = 0; i < rows_.group(); i += kRowsPerBlock) {
+        RunRows(begin, seen_end, r + i, r + std::min(i + kRowsPerBlock, rows_.group()));
+      }
+    }
+  }
+
+  // Rows [row_begin, row_end), a block at most, over the packed keys and values of [begin, end).
+  void RunRows(std::int64_t begin, std::int64_t end, std::int64_t row_begin, std::int64_t row_end) {
+    const std::int64_t num_keys = rows_.NumKeys(row_end - 1, begin, end);
+    const std::int64_t num_depths = (num_keys + kTileDepth - 1) / kTileDepth;
+    tiles_.multiply({.a = memory_.queries + row_begin * padded_dim_,
+                     .a_stride = padded_dim_,
+                     .num_rows = row_end - row_begin,
+                     .b = memory_.keys,
+                     .b_column_stride = static_cast<std::size_t>(depth_) * kTileBytes,
+                     .b_depth_stride = kTileBytes,
+                     .num_columns = (num_keys + kBlockTokens - 1) / kBlockTokens,
+                     .depth = depth_,
+                     .c = memory_.scores,
+                     .c_stride = kSegmentTokens});
+    AttentionState states[kRowsPerBlock];
+    for (std::int64_t r = row_begin; r < row_end; ++r) {
+      const std::int64_t i = r - row_begin;
+      Weigh(memory_.scores + i * kSegmentTokens, rows_.NumKeys(r, begin, end), num_depths * kTileDepth, scale_,
+            memory_.weights + i * kSegmentTokens, states[i]);
+      states[i].out = memory_.outs + i * padded_dim_;
+    }
+    tiles_.multiply({.a = memory_.weights,
+                     .a_stride = kSegmentTokens,
+                     .num_rows = row_end - row_begin,
+                     .b = memory_.values,
+                     .b_column_stride = kTileBytes,
+                     .b_depth_stride = static_cast<std::size_t>(padded_dim_ / kTileColumns) * kTileBytes,
+                     .num_columns = padded_dim_ / kTileColumns,
+                     .depth = num_depths,
+                     .c = memory_.outs,
+                     .c_stride = padded_dim_});
+    for (std::int64_t r = row_begin; r < row_end; ++r) states_.Take(begin, r, states[r - row_begin]);
+  }
+
+  const TileBodies& tiles_;
+  const TileRows rows_;
+  const std::int64_t dim_;
+  const std::int64_t padded_dim_;
+  const std::int64_t depth_;
+  const float scale_;
+  const TileMemory memory_;
+  States states_;
+};
+
+template <const TileBodies& kTiles>
+void Attend(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratch) {
+  kTiles.begin();
+  TileRun(kTiles, args, tile, scratch).Run();
+  kTiles.end();
+}
+
+template <const TileBodies& kTiles>
+void Merge(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratch) {
+  TileRun(kTiles, args, tile, scratch).Merge();
+}
+
+constexpr std::int64_t kRowsPerTile = 256;
+constexpr AttentionBodies kAvx512Bf16Bodies = {kRowsPerTile, Attend<kAvx512Bf16Tiles>, Merge<kAvx512Bf16Tiles>};
+constexpr AttentionBodies kAmxBodies = {kRowsPerTile, Attend<kAmxTiles>, Merge<kAmxTiles>};
+
+}  // namespace
+
+const AttentionBodies* Bf16AttentionBodiesOf(Target target) {
+  if (target == Target::kAvx512Bf16) return &kAvx512Bf16Bodies;
+  if (target == Target::kAmx) return &kAmxBodies;
+  return nullptr;
+}
+
+}  // namespace spillway::cpu
+
+#else
+
+namespace spillway::cpu {
+const AttentionBodies* Bf16AttentionBodiesOf(Target) { return nullptr; }
+}  // namespace spillway::cpu
+
+#endif
