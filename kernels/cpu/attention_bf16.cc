@@ -29,8 +29,8 @@ namespace {
 
 // Query rows whose scores of a segment are computed, weighed and summed before the next ones.
 constexpr std::int64_t kRowsPerBlock = 32;
-// How far ahead of its use memory is fetched.
-constexpr std::int64_t kStripsAhead = 16;
+// How far ahead of its use memory is fetched at most.
+constexpr std::int64_t kStripsAhead = 24;
 static_assert(kBlockTokens == kTileColumns && kRowsPerBlock % kTileRows == 0);
 
 SPILLWAY_AVX512_BF16 inline __m512 Exp2(__m512 x) {
@@ -87,8 +87,8 @@ SPILLWAY_AVX512_BF16 inline void TransposeTile(const std::uint16_t* from, std::i
 
 // Turns raw scores of `num_keys` keys into weights 2^(scale * score - max), rounded, and zeros up to `padded_keys`, a
 // multiple of 32.
-SPILLWAY_AVX512_BF16 void Weigh(const float* scores, std::int64_t num_keys, std::int64_t padded_keys, float scale,
-                                std::uint16_t* weights, AttentionState& state) {
+SPILLWAY_AVX512_BF16 void WeighRow(const float* scores, std::int64_t num_keys, std::int64_t padded_keys, float scale,
+                                   std::uint16_t* weights, AttentionState& state) {
   const __m512 factor = _mm512_set1_ps(scale);
   __m512 max = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (std::int64_t i = 0; i < num_keys; i += 16) {
@@ -146,8 +146,8 @@ using States = RowStates<StateArithmetic>;
 // Working memory of one tile, carved from the worker's scratch. Rows of `queries` and of the block's arrays are padded.
 struct TileMemory {
   std::uint16_t* queries;  // [rows + kTileRows][padded_dim]
-  std::byte* keys;         // tiles [strip][depth]
-  std::byte* values;       // tiles [depth][columns]
+  std::byte* keys;         // tiles, of up to a segment
+  std::byte* values;       // tiles, of up to a segment
   float* scores;           // [kRowsPerBlock][kSegmentTokens]
   std::uint16_t* weights;  // [kRowsPerBlock][kSegmentTokens]
   float* outs;             // [kRowsPerBlock][padded_dim]
@@ -220,21 +220,29 @@ class TileRun {
     }
   }
 
-  // The half of the rows of a later strip that is at `offset`: K or V.
-  void FetchAhead(std::int64_t block, std::int64_t offset) const {
-    if (block * kBlockTokens >= rows_.tile().key_end) return;
-    const auto* const strip = reinterpret_cast<const std::byte*>(StripOf(block) + offset);
-    for (std::int64_t j = 0; j < kBlockTokens; ++j) {
-      for (std::int64_t d = 0; d < dim_ * 2; d += 64) __builtin_prefetch(strip + j * dim_ * 4 + d, 0, 2);
+  // The next `count` lines of the strips that follow strip `current`. Called with every few lines that are packed, so
+  // that memory is read all the time.
+  void FetchAhead(std::int64_t current, int count) {
+    if (ahead_block_ <= current) {
+      ahead_block_ = current + 1;
+      ahead_bytes_ = 0;
     }
+    if (ahead_block_ > current + kStripsAhead || ahead_block_ * kBlockTokens >= rows_.tile().key_end) return;
+    const std::byte* const at = rows_.StripOf(ahead_block_) + ahead_bytes_;
+    for (int i = 0; i < count; ++i) __builtin_prefetch(at + 64 * static_cast<std::ptrdiff_t>(i), 0, 2);
+    ahead_bytes_ += 64 * static_cast<std::size_t>(count);
+    if (ahead_bytes_ < rows_.args().kv.layout.strip_bytes()) return;
+    ++ahead_block_;
+    ahead_bytes_ = 0;
   }
 
+  // Keys of [begin, end): tiles [strip][depth].
   SPILLWAY_AVX512_BF16 void PackKeys(std::int64_t begin, std::int64_t end) {
     std::byte* to = memory_.keys;
     for (std::int64_t block = begin / kBlockTokens; block * kBlockTokens < end; ++block) {
-      FetchAhead(block + kStripsAhead, 0);
       const std::uint16_t* const strip = StripOf(block);
       for (std::int64_t d = 0; d < dim_; d += kTileDepth, to += kTileBytes) {
+        FetchAhead(block, 16);
         if (d + kTileDepth <= dim_) {
           TransposeTile(strip + d, 2 * dim_, to);
           continue;
@@ -248,7 +256,8 @@ class TileRun {
     }
   }
 
-  // Values of [begin, end), zero up to whole tiles. Whether one that some row does not see is infinite or NaN.
+  // Values of [begin, end), zero up to whole tiles: tiles [depth][columns]. False: one that some row does not see is
+  // infinite or NaN.
   SPILLWAY_AVX512_BF16 bool PackValues(std::int64_t begin, std::int64_t end) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -258,79 +267,130 @@ class TileRun {
     __mmask32 not_finite = 0;
     std::byte* to = memory_.values;
     for (std::int64_t at = begin; at < end; at += kTileDepth, to += padded_dim_ / kTileColumns * kTileBytes) {
-      for (std::int64_t strip = 0; strip < 2; ++strip) {
-        const std::int64_t first = at + strip * kBlockTokens;
-        if (first < end) FetchAhead(first / kBlockTokens + kStripsAhead, dim_);
-        const std::uint16_t* const values = StripOf(std::min(first, end - 1) / kBlockTokens) + dim_;
-        for (std::int64_t j = 0; j < kBlockTokens; j += 2) {
-          for (std::int64_t d = 0; d < padded_dim_; d += 32) {
-            const std::uint16_t* const row = values + j * 2 * dim_ + d;
-            const __m512i even = first + j < end ? LoadWords(row, dim_ - d) : _mm512_setzero_si512();
-            const __m512i odd = first + j + 1 < end ? LoadWords(row + 2 * dim_, dim_ - d) : _mm512_setzero_si512();
-            std::byte* const pair = to + d / kTileColumns * kTileBytes + (strip * kBlockTokens + j) * 32;
-            _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_storeu_si512(pair + kTileBytes, _mm512_permutex2var_epi16(even, high, odd));
-            if (first + j + 1 <= seen_by_all) continue;
-            not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
-            not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
-          }
+      for (std::int64_t j = 0; j < kTileDepth; j += 2) {
+        const std::int64_t position = at + j;
+        const std::int64_t block = std::min(position, end - 1) / kBlockTokens;
+        const std::uint16_t* const values = StripOf(block) + (position % kBlockTokens * 2 + 1) * dim_;
+        for (std::int64_t d = 0; d < padded_dim_; d += 32) {
+          FetchAhead(block, 2);
+          const __m512i even = position < end ? LoadWords(values + d, dim_ - d) : _mm512_setzero_si512();
+          const __m512i odd = position + 1 < end ? LoadWords(values + d + 2 * dim_, dim_ - d) : _mm512_setzero_si512();
+          std::byte* const pair = to + d / kTileColumns * kTileBytes + j * 32;
+          _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
+          _mm512_storeu_si512(pair + kTileBytes, _mm512_permutex2var_epi16(even, high, odd));
+          if (position + 1 <= seen_by_all) continue;
+          not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
+          not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
         }
       }
     }
-    return not_finite != 0;
+    return not_finite == 0;
   }
 
   void RunSegment(std::int64_t begin) {
     const std::int64_t end = std::min<std::int64_t>(begin + kSegmentTokens, rows_.tile().key_end);
-    PackKeys(begin, end);
-    if (!PackValues(begin, end)) {
-      for (std::int64_t r = rows_.FirstRowOf(begin); r < rows_.size(); r += kRowsPerBlock) {
-        RunRows(begin, end, r, std::min(r + kRowsPerBlock, rows_.size()));
+    std::int64_t r = rows_.FirstRowOf(begin);
+    // One block of rows: packed and multiplied piece by piece, so that what is packed stays in the nearest cache.
+    if (rows_.size() - r <= kRowsPerBlock) {
+      for (std::int64_t at = begin; at < end; at += kTileDepth) {
+        const std::int64_t at_end = std::min(at + kTileDepth, end);
+        PackKeys(at, at_end);
+        MultiplyKeys(begin, at, at_end, r, rows_.size());
+      }
+      Weigh(begin, end, r, rows_.size());
+      if (AddValues(begin, end, r, r, rows_.size())) {
+        TakeRows(begin, r, r, rows_.size());
+      } else {
+        TakeByToken(begin, end, r, rows_.size());
       }
       return;
     }
-    // A weight of zero times such a value is NaN: each token's rows meet only the values that they see.
-    for (std::int64_t r = rows_.FirstRowOf(begin); r < rows_.size(); r += rows_.group()) {
-      const std::int64_t seen_end = begin + rows_.NumKeys(r, begin, end);
-      PackValues(begin, seen_end);
-      for (std::int64_t i = 0; i < rows_.group(); i += kRowsPerBlock) {
-        RunRows(begin, seen_end, r + i, r + std::min(i + kRowsPerBlock, rows_.group()));
+    PackKeys(begin, end);
+    const bool is_finite = PackValues(begin, end);
+    for (; r < rows_.size(); r += kRowsPerBlock) {
+      const std::int64_t row_end = std::min(r + kRowsPerBlock, rows_.size());
+      const std::int64_t seen_end = begin + rows_.NumKeys(row_end - 1, begin, end);
+      MultiplyKeys(begin, begin, seen_end, r, row_end);
+      Weigh(begin, seen_end, r, row_end);
+      if (is_finite) {
+        MultiplyValues(begin, begin, seen_end, r, r, row_end);
+        TakeRows(begin, r, r, row_end);
+      } else {
+        TakeByToken(begin, seen_end, r, row_end);
       }
     }
   }
 
-  // Rows [row_begin, row_end), a block at most, over the packed keys and values of [begin, end).
-  void RunRows(std::int64_t begin, std::int64_t end, std::int64_t row_begin, std::int64_t row_end) {
-    const std::int64_t num_keys = rows_.NumKeys(row_end - 1, begin, end);
-    const std::int64_t num_depths = (num_keys + kTileDepth - 1) / kTileDepth;
+  // Scores of rows [row_begin, row_end), a block, for the packed keys of [at, end) in the segment at `begin`.
+  void MultiplyKeys(std::int64_t begin, std::int64_t at, std::int64_t end, std::int64_t row_begin,
+                    std::int64_t row_end) {
     tiles_.multiply({.a = memory_.queries + row_begin * padded_dim_,
                      .a_stride = padded_dim_,
                      .num_rows = row_end - row_begin,
                      .b = memory_.keys,
                      .b_column_stride = static_cast<std::size_t>(depth_) * kTileBytes,
                      .b_depth_stride = kTileBytes,
-                     .num_columns = (num_keys + kBlockTokens - 1) / kBlockTokens,
+                     .num_columns = (end - at + kBlockTokens - 1) / kBlockTokens,
                      .depth = depth_,
-                     .c = memory_.scores,
+                     .c = memory_.scores + (at - begin),
                      .c_stride = kSegmentTokens});
-    AttentionState states[kRowsPerBlock];
+  }
+
+  void Weigh(std::int64_t begin, std::int64_t end, std::int64_t row_begin, std::int64_t row_end) {
+    const std::int64_t padded_keys = (end - begin + kTileDepth - 1) / kTileDepth * kTileDepth;
     for (std::int64_t r = row_begin; r < row_end; ++r) {
       const std::int64_t i = r - row_begin;
-      Weigh(memory_.scores + i * kSegmentTokens, rows_.NumKeys(r, begin, end), num_depths * kTileDepth, scale_,
-            memory_.weights + i * kSegmentTokens, states[i]);
-      states[i].out = memory_.outs + i * padded_dim_;
+      WeighRow(memory_.scores + i * kSegmentTokens, rows_.NumKeys(r, begin, end), padded_keys, scale_,
+               memory_.weights + i * kSegmentTokens, segment_states_[i]);
     }
-    tiles_.multiply({.a = memory_.weights,
+  }
+
+  // Adds the packed values of [at, end) to the outputs of rows [row_begin, row_end) of the block at `block`, the first
+  // ones of the segment to nothing.
+  void MultiplyValues(std::int64_t begin, std::int64_t at, std::int64_t end, std::int64_t block, std::int64_t row_begin,
+                      std::int64_t row_end) {
+    tiles_.multiply({.a = memory_.weights + (row_begin - block) * kSegmentTokens + (at - begin),
                      .a_stride = kSegmentTokens,
                      .num_rows = row_end - row_begin,
                      .b = memory_.values,
                      .b_column_stride = kTileBytes,
                      .b_depth_stride = static_cast<std::size_t>(padded_dim_ / kTileColumns) * kTileBytes,
                      .num_columns = padded_dim_ / kTileColumns,
-                     .depth = num_depths,
+                     .depth = (end - at + kTileDepth - 1) / kTileDepth,
                      .c = memory_.outs,
-                     .c_stride = padded_dim_});
-    for (std::int64_t r = row_begin; r < row_end; ++r) states_.Take(begin, r, states[r - row_begin]);
+                     .c_stride = padded_dim_,
+                     .add = at != begin});
+  }
+
+  // Packs and adds piece by piece. False: as PackValues, and the outputs are not to be used.
+  bool AddValues(std::int64_t begin, std::int64_t end, std::int64_t block, std::int64_t row_begin,
+                 std::int64_t row_end) {
+    bool is_finite = true;
+    for (std::int64_t at = begin; at < end; at += kTileDepth) {
+      const std::int64_t at_end = std::min(at + kTileDepth, end);
+      is_finite = PackValues(at, at_end) && is_finite;
+      MultiplyValues(begin, at, at_end, block, row_begin, row_end);
+    }
+    return is_finite;
+  }
+
+  // The outputs of rows [row_begin, row_end) of the block at `block` are complete.
+  void TakeRows(std::int64_t begin, std::int64_t block, std::int64_t row_begin, std::int64_t row_end) {
+    for (std::int64_t r = row_begin; r < row_end; ++r) {
+      AttentionState& state = segment_states_[r - block];
+      state.out = memory_.outs + (r - row_begin) * padded_dim_;
+      states_.Take(begin, r, state);
+    }
+  }
+
+  // A weight of zero times an infinite value is NaN: each token's rows meet only the values that they see.
+  void TakeByToken(std::int64_t begin, std::int64_t end, std::int64_t row_begin, std::int64_t row_end) {
+    for (std::int64_t r = row_begin; r < row_end;) {
+      const std::int64_t token_end = std::min(r - r % rows_.group() + rows_.group(), row_end);
+      AddValues(begin, begin + rows_.NumKeys(r, begin, end), row_begin, r, token_end);
+      TakeRows(begin, row_begin, r, token_end);
+      r = token_end;
+    }
   }
 
   const TileBodies& tiles_;
@@ -341,6 +401,9 @@ class TileRun {
   const float scale_;
   const TileMemory memory_;
   States states_;
+  AttentionState segment_states_[kRowsPerBlock];  // of the block at hand
+  std::int64_t ahead_block_ = 0;                  // what FetchAhead fetches next
+  std::size_t ahead_bytes_ = 0;
 };
 
 template <const TileBodies& kTiles>

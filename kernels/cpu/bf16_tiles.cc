@@ -28,7 +28,10 @@ SPILLWAY_AVX512_BF16 inline void MultiplyBlock(const TileProduct& p, std::int64_
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) sums[r][c] = _mm512_setzero_ps();
+    for (int c = 0; c < kColumns; ++c) {
+      sums[r][c] =
+          p.add ? _mm512_loadu_ps(p.c + (row + r) * p.c_stride + (column + c) * kTileColumns) : _mm512_setzero_ps();
+    }
   }
   const std::uint16_t* const a = p.a + row * p.a_stride;
   const std::byte* b = p.b + static_cast<std::size_t>(column) * p.b_column_stride;
@@ -93,10 +96,19 @@ inline void OrderMemory() { asm volatile("" ::: "memory"); }
 // Sums in tiles 0 to 3 ([row tile][column tile]), a in 4 and 5, b in 6 and 7.
 template <bool kTwoRowTiles, bool kTwoColumns>
 SPILLWAY_AMX inline void MultiplyTiles(const TileProduct& p, std::int64_t row, std::int64_t column) {
-  _tile_zero(0);
-  if constexpr (kTwoColumns) _tile_zero(1);
-  if constexpr (kTwoRowTiles) _tile_zero(2);
-  if constexpr (kTwoRowTiles && kTwoColumns) _tile_zero(3);
+  const auto c_bytes = static_cast<std::size_t>(p.c_stride) * sizeof(float);
+  float* const c = p.c + row * p.c_stride + column * kTileColumns;
+  if (p.add) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kTwoColumns) _tile_loadd(1, c + kTileColumns, c_bytes);
+    if constexpr (kTwoRowTiles) _tile_loadd(2, c + kTileRows * p.c_stride, c_bytes);
+    if constexpr (kTwoRowTiles && kTwoColumns) _tile_loadd(3, c + kTileRows * p.c_stride + kTileColumns, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (kTwoColumns) _tile_zero(1);
+    if constexpr (kTwoRowTiles) _tile_zero(2);
+    if constexpr (kTwoRowTiles && kTwoColumns) _tile_zero(3);
+  }
   const auto a_bytes = static_cast<std::size_t>(p.a_stride) * sizeof(std::uint16_t);
   const std::uint16_t* a = p.a + row * p.a_stride;
   const std::byte* b = p.b + static_cast<std::size_t>(column) * p.b_column_stride;
@@ -116,8 +128,6 @@ SPILLWAY_AMX inline void MultiplyTiles(const TileProduct& p, std::int64_t row, s
     a += kTileDepth;
     b += p.b_depth_stride;
   }
-  const auto c_bytes = static_cast<std::size_t>(p.c_stride) * sizeof(float);
-  float* const c = p.c + row * p.c_stride + column * kTileColumns;
   _tile_stored(0, c, c_bytes);
   if constexpr (kTwoColumns) _tile_stored(1, c + kTileColumns, c_bytes);
   if constexpr (kTwoRowTiles) _tile_stored(2, c + kTileRows * p.c_stride, c_bytes);

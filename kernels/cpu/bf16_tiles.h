@@ -16,7 +16,8 @@ inline constexpr std::size_t kTileBytes = 1024;
 // What rows of `a` and `c` must be padded to: readable and writable, contents undefined.
 inline constexpr std::int64_t kTileRows = 16;
 
-// c[r][16 j + i] = sum over k of a[r][k] * b(tile k / 32, j)[k][i]
+// c[r][16 j + i] = (add ? c[r][16 j + i] : 0) + sum over k of a[r][k] * b(tile k / 32, j)[k][i]
+// So a sum over many k has the same bits in one call and in several.
 struct TileProduct {
   const std::uint16_t* a = nullptr;
   std::int64_t a_stride = 0;  // elements between rows
@@ -28,6 +29,7 @@ struct TileProduct {
   std::int64_t depth = 0;           // tiles
   float* c = nullptr;
   std::int64_t c_stride = 0;  // elements between rows
+  bool add = false;
 };
 
 struct TileBodies {
