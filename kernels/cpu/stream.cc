@@ -30,7 +30,7 @@ CpuStream::~CpuStream() {
   thread_.join();
 }
 
-void CpuStream::Push(std::function<void()> item) {
+void CpuStream::Push(WorkItem item) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back(std::move(item));
@@ -40,7 +40,7 @@ void CpuStream::Push(std::function<void()> item) {
 }
 
 void CpuStream::Run() {
-  std::vector<std::function<void()>> items;
+  std::vector<WorkItem> items;
   while (true) {
     SpinUntil([this] { return has_items_.load(std::memory_order_relaxed); });
     {
@@ -50,10 +50,10 @@ void CpuStream::Run() {
       items.swap(queue_);
       has_items_.store(false, std::memory_order_relaxed);
     }
-    for (std::function<void()>& item : items) {
+    for (WorkItem& queued : items) {
+      WorkItem item = std::move(queued);  // what it holds is released in order, not with the batch
       if (before_item_) before_item_();
       item();
-      item = nullptr;  // what it holds is released in order, not with the batch
     }
     items.clear();
   }
@@ -70,33 +70,25 @@ absl::Status CpuStream::status() const {
   return status_;
 }
 
-void CpuStream::Enqueue(Work work) {
-  Push([this, work = std::move(work)] {
-    if (failed_) return;
-    absl::Status status = work(WorkPlace{pool_, call_scratch_, worker_scratch_});
-    if (!status.ok()) Fail(std::move(status));
-  });
-}
-
 void CpuStream::Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) {
-  Push([this, to, from, size_bytes] {
+  Push(WorkItem([this, to, from, size_bytes] {
     if (!failed_) CopySpan(to, from, size_bytes);
-  });
+  }));
 }
 
 std::shared_ptr<Event> CpuStream::Record() {
   auto event = std::make_shared<CpuEvent>();
-  Push([this, event] { event->Set(status()); });
+  Push(WorkItem([this, event] { event->Set(status()); }));
   return event;
 }
 
 void CpuStream::Wait(const std::shared_ptr<Event>& event) {
   if (ignore_order_) return;
-  Push([this, event] {
+  Push(WorkItem([this, event] {
     if (failed_) return;
     absl::Status status = event->Await();
     if (!status.ok()) Fail(std::move(status));
-  });
+  }));
 }
 
 void CpuStream::Notify(std::function<void()> reached) {
@@ -104,7 +96,7 @@ void CpuStream::Notify(std::function<void()> reached) {
     reached();
     return;
   }
-  Push(std::move(reached));
+  Push(WorkItem(std::move(reached)));
 }
 
 }  // namespace spillway::cpu

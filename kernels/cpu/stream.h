@@ -9,10 +9,12 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "kernels/cpu/scratch.h"
+#include "kernels/cpu/work_item.h"
 #include "kernels/cpu/worker_pool.h"
 #include "kernels/device.h"
 
@@ -54,11 +56,18 @@ class CpuStream final : public Stream {
   absl::Status status() const override;
 
   // Queues a kernel. Skipped after an error; its own error becomes the stream's.
-  using Work = std::function<absl::Status(const WorkPlace&)>;
-  void Enqueue(Work work);
+  // `work` returns a status and takes a const WorkPlace&.
+  template <typename Work>
+  void Enqueue(Work work) {
+    Push(WorkItem([this, work = std::move(work)] {
+      if (failed_) return;
+      absl::Status status = work(WorkPlace{pool_, call_scratch_, worker_scratch_});
+      if (!status.ok()) Fail(std::move(status));
+    }));
+  }
 
  private:
-  void Push(std::function<void()> item);
+  void Push(WorkItem item);
   void Run();
   void Fail(absl::Status status);
 
@@ -73,10 +82,10 @@ class CpuStream final : public Stream {
 
   mutable std::mutex mutex_;
   std::condition_variable wake_;
-  std::vector<std::function<void()>> queue_;  // guarded by mutex_
-  absl::Status status_;                       // guarded by mutex_
-  bool stop_ = false;                         // guarded by mutex_
-  std::atomic<bool> has_items_{false};        // a hint for the spin; the queue decides
+  std::vector<WorkItem> queue_;         // guarded by mutex_
+  absl::Status status_;                 // guarded by mutex_
+  bool stop_ = false;                   // guarded by mutex_
+  std::atomic<bool> has_items_{false};  // a hint for the spin; the queue decides
 
   std::thread thread_;
 };
