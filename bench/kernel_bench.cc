@@ -1,7 +1,7 @@
 // Speed of the cpu device's kernels beside the machine's own limits, measured in the same run. Every kernel is compared
 // with the reference before it is timed.
 //
-//   kernel_bench [--json FILE] [--only gemm | attention | sample] [--target auto] [--gemm auto] [--workers 0]
+//   kernel_bench [--json FILE] [--only gemm | attention | sample | queue] [--target auto] [--gemm auto] [--workers 0]
 
 #include <algorithm>
 #include <chrono>
@@ -78,6 +78,7 @@ class KernelBench {
     Report({"read bandwidth", 0, limits_.read_gigabytes, "GB/s", 0});
     Report({"copy bandwidth", 0, limits_.copy_gigabytes, "GB/s", 0});
     Report({"fma peak (float)", 0, limits_.fma_gigaflops, "GFLOP/s", 0});
+    Report({"bf16 peak", 0, limits_.bf16_gigaflops, "GFLOP/s", 0});
   }
 
   void Gemm(DType dtype) {
@@ -112,7 +113,7 @@ class KernelBench {
       const double flops = 2.0 * static_cast<double>(num_rows * kColumns * kDepth);
       const std::string name = "gemm " + std::string(NameOf(dtype)) + " M " + std::to_string(num_rows);
       // The limit is whichever of the two would take longer.
-      const double limit = std::max(bytes / limits_.read_gigabytes, flops / limits_.fma_gigaflops) * 1e-9;
+      const double limit = std::max(bytes / limits_.read_gigabytes, flops / PeakOf(dtype)) * 1e-9;
       if (num_rows <= 4) {
         Report({name, seconds * 1e6, bytes / seconds * 1e-9, "GB/s", 100 * limit / seconds});
       } else {
@@ -169,8 +170,37 @@ class KernelBench {
       Report({name, seconds * 1e6, rate, "GB/s", 100 * rate / limits_.read_gigabytes});
     } else {
       const double rate = flops / seconds * 1e-9;
-      Report({name, seconds * 1e6, rate, "GFLOP/s", 100 * rate / limits_.fma_gigaflops});
+      Report({name, seconds * 1e6, rate, "GFLOP/s", 100 * rate / PeakOf(dtype)});
     }
+  }
+
+  // What an operation costs before it does any work: many of them, then one wait.
+  void Queue() {
+    constexpr std::int64_t kHidden = 64;
+    constexpr std::int64_t kManyRows = 256;
+    constexpr int kCalls = 1000;
+    std::vector<float> x(kManyRows * kHidden, 1.0F);
+    std::vector<float> weight(kHidden, 1.0F);
+    std::vector<float> out(x.size());
+    RmsNormArgs args;
+    args.x = x.data();
+    args.weight = weight.data();
+    args.epsilon = 1e-5F;
+    args.hidden = kHidden;
+    args.out = reinterpret_cast<std::byte*>(out.data());
+    for (const std::int64_t num_rows : {std::int64_t{1}, kManyRows}) {
+      args.num_rows = num_rows;
+      const double seconds = MedianSeconds([&] {
+                               for (int i = 0; i < kCalls; ++i) device_->kernels().RmsNorm(*stream_, args);
+                               Finish();
+                             }) /
+                             kCalls;
+      for (std::int64_t i = 0; i < num_rows * kHidden; ++i) SPILLWAY_CHECK(std::abs(out[i] - 1) < 1e-3) << "queue";
+      Report({num_rows == 1 ? "queued operation, one thread" : "queued operation, all threads", seconds * 1e6,
+              seconds * 1e6, "us", 0});
+    }
+    const double seconds = MedianSeconds([&] { Finish(); });
+    Report({"wait for an idle stream", seconds * 1e6, seconds * 1e6, "us", 0});
   }
 
   void Samples(std::int64_t vocab) {
@@ -226,6 +256,8 @@ class KernelBench {
     for (std::size_t r = 0; r < rows.size(); ++r) SPILLWAY_CHECK(results[r].token == expected[r].token) << what;
     Report({"sample " + std::to_string(vocab) + " x 16 " + what, seconds * 1e6, seconds / kRows * 1e6, "us/row", 0});
   }
+
+  double PeakOf(DType dtype) const { return dtype == DType::kBF16 ? limits_.bf16_gigaflops : limits_.fma_gigaflops; }
 
   void Finish() { SPILLWAY_CHECK(stream_->Record()->Await().ok()) << stream_->status(); }
 
@@ -308,11 +340,14 @@ int Main(int argc, char** argv) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
     if (only.empty() || only == "gemm") bench.Gemm(dtype);
     if (only.empty() || only == "attention") {
+      for (const std::int64_t length : {1024, 4096, 16384, 65536}) bench.Attention(dtype, 1, length, 1);
       bench.Attention(dtype, 4, 16384, 1);
+      bench.Attention(dtype, 16, 1024, 1);
       bench.Attention(dtype, 1, 512, 512);
       bench.Attention(dtype, 1, 4096, 512);
     }
   }
+  if (only.empty() || only == "queue") bench.Queue();
   if (only.empty() || only == "sample") {
     for (const std::int64_t vocab : {32768, 128000}) bench.Samples(vocab);
   }

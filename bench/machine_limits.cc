@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/cpu/bf16_tiles.h"
+
 namespace spillway {
 namespace {
 
@@ -56,6 +58,57 @@ __attribute__((target("avx2,fma"))) float FmaAvx2(std::int64_t rounds) {
   return total;
 }
 #endif
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512bf16"))) float DotAvx512(std::int64_t rounds) {
+  __m512 sums[16];
+  for (__m512& sum : sums) sum = _mm512_set1_ps(1);
+  const auto factor = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3c003c00));
+  for (std::int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+    for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, factor, factor);
+  }
+  float total = 0;
+  for (const __m512& sum : sums) total += _mm512_cvtss_f32(sum);
+  return total;
+}
+
+// Four sums of 16 x 16, as many as operands leave room for.
+__attribute__((target("amx-tile,amx-bf16"))) float DotAmx(std::int64_t rounds) {
+  cpu::kAmxTiles.begin();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (std::int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  cpu::kAmxTiles.end();
+  return 0;
+}
+#endif
+
+// 0: this machine has no products of bf16.
+double Bf16Gigaflops([[maybe_unused]] int num_threads) {
+#if defined(__x86_64__)
+  if (!cpu::HasAvx512Bf16()) return 0;
+  constexpr std::int64_t kRounds = 2'000'000;
+  const bool has_amx = cpu::HasAmx();
+  const double flops_per_round = has_amx ? 4 * 16 * 16 * 32 * 2 : 16 * 32 * 2;
+  std::vector<float> sinks(static_cast<std::size_t>(num_threads) * 16);
+  const auto run = has_amx ? DotAmx : DotAvx512;
+  const double seconds =
+      BestSeconds(num_threads, [&](int thread) { sinks[static_cast<std::size_t>(thread) * 16] = run(kRounds); });
+  return flops_per_round * static_cast<double>(kRounds) * num_threads / seconds * 1e-9;
+#else
+  return 0;
+#endif
+}
 
 double FmaGigaflops(int num_threads) {
   constexpr std::int64_t kRounds = 4'000'000;
@@ -136,6 +189,7 @@ MachineLimits MeasureLimits(Device& device, int num_threads) {
                             std::memcpy(to.get() + begin, from.get() + begin, bytes_per_thread);
                           });
   limits.fma_gigaflops = FmaGigaflops(num_threads);
+  limits.bf16_gigaflops = std::max(limits.fma_gigaflops, Bf16Gigaflops(num_threads));
   return limits;
 }
 
