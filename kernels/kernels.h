@@ -120,7 +120,7 @@ inline constexpr int kSegmentTokens = 256;
 // Which part of a row's attention a call makes. kWhole: all of it. Else one layer's attention is made in several calls
 // over KV that lies in different places, and partial states are carried from call to call: kFirst starts them empty,
 // kLast merges its range and then normalizes into `out`, kMiddle does neither. The bits are those of one kWhole call.
-// The cuda device has kWhole alone; its stream answers UNIMPLEMENTED to the others.
+// The KV of a call may be pinned host memory: the cuda device reads it in place.
 enum class AttentionPass : std::uint8_t { kWhole, kFirst, kMiddle, kLast };
 
 struct AttentionArgs {
@@ -132,7 +132,8 @@ struct AttentionArgs {
   KvView kv;
   std::int64_t num_sequences = 0;
   std::int64_t num_tokens = 0;
-  const std::int32_t* query_begin = nullptr;     // [num_sequences + 1]: token rows of sequence s
+  // [num_sequences + 1]: token rows of sequence s. Rows of none of the sequences are left alone.
+  const std::int32_t* query_begin = nullptr;
   const std::int32_t* first_position = nullptr;  // [num_sequences]: position of its first token row
   const std::int32_t* block_begin = nullptr;     // [num_sequences + 1] into block_table
   const std::int32_t* block_table = nullptr;     // blocks of each sequence in position order

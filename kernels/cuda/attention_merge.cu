@@ -22,6 +22,8 @@ template <MergeExponential kExponential>
 __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams params) {
   const auto token_row = static_cast<int>(blockIdx.x) / params.num_heads;
   const auto head = static_cast<int>(blockIdx.x) % params.num_heads;
+  // Rows of none of the call's sequences: their plans are another call's.
+  if (token_row < params.query_begin[0] || token_row >= params.query_begin[params.num_sequences]) return;
   const TokenPlan plan = params.plan[token_row];
   if (plan.num_segments == 0) return;
   const int num_kv_heads = params.kv.num_kv_heads;
@@ -30,14 +32,20 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
   const int row = plan.token * group + head % group;
   const auto lane = static_cast<int>(threadIdx.x % 32);
   const int dim = params.kv.head_dim;
+  const std::int64_t index = std::int64_t{token_row} * params.num_heads + head;
+  float* const carried = params.carried + index * (dim + 2);
+  const float carried_max = params.starts_empty ? -kInfinity : carried[dim];
+  const float carried_sum = params.starts_empty ? 0.0F : carried[dim + 1];
+  float running_max = carried_max;
+  float running_sum = carried_sum;
 
   // All threads of a warp take part in the shuffles; those beyond dim only there.
   for (int first = 0; first < dim; first += static_cast<int>(blockDim.x)) {
     const int component = first + static_cast<int>(threadIdx.x);
     const bool has_component = component < dim;
-    float running_max = -kInfinity;
-    float running_sum = 0;
-    float running = 0;
+    running_max = carried_max;
+    running_sum = carried_sum;
+    float running = params.starts_empty || !has_component ? 0.0F : carried[component];
     for (int begin = 0; begin < plan.num_segments; begin += kSegmentsAtOnce) {
       const int count = MinOf(kSegmentsAtOnce, plan.num_segments - begin);
       float values[kSegmentsAtOnce];
@@ -72,10 +80,18 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
       }
       running_max = MaxOf(running_max, chunk_max);
     }
-    if (has_component) {
-      StoreAs(params.out, params.out_dtype, (std::int64_t{token_row} * params.num_heads + head) * dim + component,
-              running * Normalizer(running_sum));
+    if (!has_component) continue;
+    if (params.finishes) {
+      StoreAs(params.out, params.out_dtype, index * dim + component, running * Normalizer(running_sum));
+    } else {
+      carried[component] = running;
     }
+  }
+  if (params.finishes) return;
+  __syncthreads();  // all have read what they started from
+  if (threadIdx.x == 0) {
+    carried[dim] = running_max;
+    carried[dim + 1] = running_sum;
   }
 }
 

@@ -105,14 +105,15 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
   for (int index = thread; index < kRows * dim; index += kThreads) {
     const int r = index / dim;
     const int d = index % dim;
-    shared.q[r][d] = r < num_rows
-                         ? LoadAs(params.q, params.q_dtype, rows.OffsetOf(params, item.kv_head, rows.row_begin + r) + d)
-                         : 0.0F;
+    shared.q[r][d] = r < num_rows ? LoadAs(params.q, params.q_dtype,
+                                           rows.IndexOf(params, item.kv_head, rows.row_begin + r) * dim + d)
+                                  : 0.0F;
   }
 
-  const int key_end = rows.PositionOf(rows.row_end - 1) + 1;
+  const int key_end = rows.num_keys;
   const int first_segment = item.work.is_split ? item.segment : 0;
   const int segment_end = item.work.is_split ? item.segment + 1 : CeilDiv(key_end, kSegmentPositions);
+  const bool is_carried = !item.work.is_split && !params.starts_empty;
   float running_max[kRows];
   float running_sum[kRows];
   float running[kRows][kDimsPerThread];
@@ -122,6 +123,14 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
     running_sum[r] = 0;
 #pragma unroll
     for (int i = 0; i < kDimsPerThread; ++i) running[r][i] = 0;
+    if (!is_carried || r >= num_rows) continue;
+    const float* const carried = params.carried + rows.IndexOf(params, item.kv_head, rows.row_begin + r) * (dim + 2);
+    running_max[r] = carried[dim];
+    running_sum[r] = carried[dim + 1];
+#pragma unroll
+    for (int i = 0; i < kDimsPerThread; ++i) {
+      if (i * kThreads + thread < dim) running[r][i] = carried[i * kThreads + thread];
+    }
   }
 #pragma unroll 1
   for (int segment = first_segment; segment < segment_end; ++segment) {
@@ -166,22 +175,31 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
     }
   }
 
+  __syncthreads();  // all have read the carried states
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r >= num_rows) break;
     const int row = rows.row_begin + r;
     const std::int64_t state =
         StateIndex(item.work.state_base, item.segment, params.kv.num_kv_heads, item.kv_head, item.work.num_rows, row);
-    if (item.work.is_split && thread == 0) params.state_max_sum[state] = {running_max[r], running_sum[r]};
+    const std::int64_t index = rows.IndexOf(params, item.kv_head, row);
+    float* const carried = params.carried + index * (dim + 2);
+    if (thread == 0 && item.work.is_split) {
+      params.state_max_sum[state] = {running_max[r], running_sum[r]};
+    } else if (thread == 0 && !params.finishes) {
+      carried[dim] = running_max[r];
+      carried[dim + 1] = running_sum[r];
+    }
 #pragma unroll
     for (int i = 0; i < kDimsPerThread; ++i) {
       const int d = i * kThreads + thread;
       if (d >= dim) break;
       if (item.work.is_split) {
         params.state_out[state * dim + d] = running[r][i];
+      } else if (params.finishes) {
+        StoreAs(params.out, params.out_dtype, index * dim + d, running[r][i] * Normalizer(running_sum[r]));
       } else {
-        StoreAs(params.out, params.out_dtype, rows.OffsetOf(params, item.kv_head, row) + d,
-                running[r][i] * Normalizer(running_sum[r]));
+        carried[d] = running[r][i];
       }
     }
   }

@@ -7,6 +7,7 @@
 // rows_per_tile consecutive ones. The keys are cut into segments of kSegmentTokens positions. A work item is
 //   split      (kv head, tile, segment): its partial state goes to the workspace, merged by MergeKernel
 //   not split  (kv head, tile): all segments in order, merged on the way; the result is final
+// A pass over a part of the keys merges its segments, either way, into the state that the pass before it left.
 // Both do the same arithmetic, so which one is taken shows in no bit.
 
 #include "kernels/cuda/intrinsics.cuh"
@@ -43,6 +44,18 @@ struct SequenceWork {
   }
 };
 
+// The keys of a sequence that the launch reads: positions [begin, end), none if end <= begin.
+struct KeyRange {
+  int begin;
+  int end;
+
+  SPILLWAY_HOST_DEVICE KeyRange(const AttentionParams& params, int sequence)
+      : begin(params.key_begin == nullptr ? 0 : params.key_begin[sequence]),
+        end(params.first_position[sequence] + params.query_begin[sequence + 1] - params.query_begin[sequence]) {
+    if (params.key_begin != nullptr) end = MinOf(end, params.key_end[sequence]);
+  }
+};
+
 SPILLWAY_HOST_DEVICE SequenceWork WorkOf(const AttentionParams& params, const WorkRange& range, int sequence) {
   SequenceWork work;
   if (sequence >= params.num_sequences) return work;
@@ -51,7 +64,8 @@ SPILLWAY_HOST_DEVICE SequenceWork WorkOf(const AttentionParams& params, const Wo
   if (num_rows == 0 || num_rows < range.min_rows || num_rows > range.max_rows) return work;
   work.num_rows = num_rows;
   work.num_tiles = CeilDiv(num_rows, range.rows_per_tile);
-  work.num_segments = CeilDiv(params.first_position[sequence] + num_tokens, kSegmentPositions);
+  const KeyRange keys(params, sequence);
+  work.num_segments = keys.begin < keys.end ? CeilDiv(keys.end - keys.begin, kSegmentPositions) : 0;
   return work;
 }
 
@@ -127,26 +141,32 @@ SPILLWAY_HOST_DEVICE std::int64_t StateIndex(std::int64_t base, int segment, int
   return base + (std::int64_t{segment} * num_kv_heads + kv_head) * num_rows + row;
 }
 
-// The query rows [row_begin, row_end) of an item and where they are.
+// The query rows [row_begin, row_end) of an item and where they are. Positions, of rows and keys alike, count from the
+// first key that the launch reads; a row that lies before it has a negative one, and sees no key.
 struct RowSpan {
   int row_begin;
   int row_end;
   int group;
   int first_token;     // row of the step
   int first_position;  // of first_token
+  int num_keys;        // that any row may see
 
   SPILLWAY_HOST_DEVICE RowSpan(const AttentionParams& params, const WorkRange& range, const AttentionItem& item)
       : row_begin(item.tile * range.rows_per_tile),
         row_end(MinOf(row_begin + range.rows_per_tile, item.work.num_rows)),
         group(params.num_heads / params.kv.num_kv_heads),
         first_token(params.query_begin[item.sequence]),
-        first_position(params.first_position[item.sequence]) {}
+        first_position(params.first_position[item.sequence]) {
+    const KeyRange keys(params, item.sequence);
+    first_position -= keys.begin;
+    num_keys = MinOf(keys.end - keys.begin, PositionOf(row_end - 1) + 1);
+  }
 
   SPILLWAY_HOST_DEVICE int PositionOf(int row) const { return first_position + row / group; }
-  // Element offset of a row in q and out.
-  SPILLWAY_HOST_DEVICE std::int64_t OffsetOf(const AttentionParams& params, int kv_head, int row) const {
+  // Index of a row among the (token, head) pairs of the step: of q, out and carried states.
+  SPILLWAY_HOST_DEVICE std::int64_t IndexOf(const AttentionParams& params, int kv_head, int row) const {
     const std::int64_t token = first_token + row / group;
-    return (token * params.num_heads + kv_head * group + row % group) * params.kv.head_dim;
+    return token * params.num_heads + kv_head * group + row % group;
   }
 };
 

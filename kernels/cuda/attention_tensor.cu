@@ -139,7 +139,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& params, cons
     const int row = index / kPieces;
     uint4 piece = {0, 0, 0, 0};
     if (warp_begin + row < rows.row_end) {
-      const std::int64_t at = rows.OffsetOf(params, kv_head, warp_begin + row) + index % kPieces * 8;
+      const std::int64_t at = rows.IndexOf(params, kv_head, warp_begin + row) * kDim + index % kPieces * 8;
       piece = *reinterpret_cast<const uint4*>(params.q + at * 2);
     }
     *reinterpret_cast<uint4*>(queries + TileByte<kDim>(row, index % kPieces)) = piece;
@@ -198,11 +198,10 @@ __device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreT
 // One tile of keys into the segment's state. `scale` is in units of log2; positions are those of this lane's two rows.
 template <int kDim>
 __device__ __forceinline__ void AttendTile(const std::byte* queries, const std::byte* stage, int first_key,
-                                           const int (&positions)[2], int lowest_position, float scale,
-                                           WarpState<kDim>& state) {
+                                           const int (&positions)[2], float scale, WarpState<kDim>& state) {
   float scores[kScoreTiles][4];
   ScoreTile<kDim>(queries, stage, scores);
-  if (first_key + kKeysPerTile - 1 > lowest_position) {
+  if (first_key + kKeysPerTile - 1 > MinOf(positions[0], positions[1])) {
     const auto column = static_cast<int>(threadIdx.x % 4) * 2;
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
@@ -266,43 +265,71 @@ __device__ __forceinline__ void MergeSegment(const WarpState<kDim>& segment, flo
   }
 }
 
-// Where a lane's two rows go: an index of a state if the item is split, else an element of out; -1: no row.
+// Where a lane's two rows go: an index of a state of the workspace if the item is split, else of `out` and of the
+// carried states; -1: no row.
 struct RowTargets {
-  bool is_split;
-  std::int64_t at[2];
-
-  __device__ RowTargets(const AttentionParams& params, const RowSpan& rows, const AttentionItem& item,
-                        const int (&lane_rows)[2])
-      : is_split(item.work.is_split) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      at[r] = is_split ? StateIndex(item.work.state_base, item.segment, params.kv.num_kv_heads, item.kv_head,
-                                    item.work.num_rows, lane_rows[r])
-                       : rows.OffsetOf(params, item.kv_head, lane_rows[r]);
-      if (lane_rows[r] >= rows.row_end) at[r] = -1;
-    }
-  }
+  std::int32_t at[2];
 };
 
+__device__ __forceinline__ RowTargets TargetsOf(const AttentionParams& params, const RowSpan& rows,
+                                                const AttentionItem& item, const int (&lane_rows)[2]) {
+  RowTargets targets;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    targets.at[r] = static_cast<std::int32_t>(item.work.is_split ? StateIndex(item.work.state_base, item.segment,
+                                                                              params.kv.num_kv_heads, item.kv_head,
+                                                                              item.work.num_rows, lane_rows[r])
+                                                                 : rows.IndexOf(params, item.kv_head, lane_rows[r]));
+    if (lane_rows[r] >= rows.row_end) targets.at[r] = -1;
+  }
+  return targets;
+}
+
+// What the pass before this one left of a lane's two rows.
 template <int kDim>
-__device__ __forceinline__ void WriteRows(const AttentionParams& params, const RowTargets& targets,
+__device__ __forceinline__ void ReadCarried(const AttentionParams& params, const RowTargets& targets,
+                                            WarpState<kDim>& state) {
+  const auto column = static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (targets.at[r] < 0) continue;
+    const float* const carried = params.carried + std::int64_t{targets.at[r]} * (kDim + 2);
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      const float2 pair = *reinterpret_cast<const float2*>(carried + column + d * 8);
+      state.out[d][2 * r] = pair.x;
+      state.out[d][2 * r + 1] = pair.y;
+    }
+    state.max[r] = carried[kDim];
+    state.sum[r] = carried[kDim + 1];
+  }
+}
+
+template <int kDim>
+__device__ __forceinline__ void WriteRows(const AttentionParams& params, bool is_split, const RowTargets& targets,
                                           const WarpState<kDim>& state) {
   const auto column = static_cast<int>(threadIdx.x % 4) * 2;
+  const bool is_state = is_split || !params.finishes;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const std::int64_t at = targets.at[r];
     if (at < 0) continue;
-    const float factor = targets.is_split ? 1.0F : Normalizer(state.sum[r]);
-    if (targets.is_split && column == 0) params.state_max_sum[at] = {state.max[r], state.sum[r]};
-    if (targets.is_split || params.out_dtype == DType::kF32) {
-      float* const out =
-          (targets.is_split ? params.state_out + at * kDim : reinterpret_cast<float*>(params.out) + at) + column;
+    const float factor = is_state ? 1.0F : Normalizer(state.sum[r]);
+    float* const carried = params.carried + at * (kDim + 2);
+    if (is_state && column == 0) {
+      float2* const max_sum = is_split ? params.state_max_sum + at : reinterpret_cast<float2*>(carried + kDim);
+      *max_sum = {state.max[r], state.sum[r]};
+    }
+    if (is_state || params.out_dtype == DType::kF32) {
+      float* out = reinterpret_cast<float*>(params.out) + at * kDim;
+      if (is_state) out = is_split ? params.state_out + at * kDim : carried;
+      out += column;
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         *reinterpret_cast<float2*>(out + d * 8) = {state.out[d][2 * r] * factor, state.out[d][2 * r + 1] * factor};
       }
     } else {
-      std::uint16_t* const out = reinterpret_cast<std::uint16_t*>(params.out) + at + column;
+      std::uint16_t* const out = reinterpret_cast<std::uint16_t*>(params.out) + at * kDim + column;
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         *reinterpret_cast<std::uint32_t*>(out + d * 8) =
@@ -339,10 +366,11 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
   // A warp without rows, or whose last row lies before a tile, leaves it out.
   const int warp_end = MinOf(warp_begin + kRowsPerWarp, rows.row_end);
   const int last_position = warp_begin < warp_end ? rows.PositionOf(warp_end - 1) : -1;
-  const int lowest_position = warp_begin + kRowsPerWarp <= rows.row_end ? rows.PositionOf(warp_begin) : -1;
 
-  const RowTargets targets(params, rows, item, lane_rows);
-  const int key_end = rows.PositionOf(rows.row_end - 1) + 1;
+  // In shared memory until the end: registers are scarce in between.
+  __shared__ RowTargets targets[kWarps * 32];
+  targets[threadIdx.x] = TargetsOf(params, rows, item, lane_rows);
+  const int key_end = rows.num_keys;
   const int tile_begin = item.work.is_split ? item.segment * kTilesPerSegment : 0;
   const int last_tile = CeilDiv(key_end, kKeysPerTile);
   const int tile_end = item.work.is_split ? MinOf(tile_begin + kTilesPerSegment, last_tile) : last_tile;
@@ -366,19 +394,24 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
     AwaitCopies<kStages - 1>();
     SyncBlock<kWarps>();
     if (tile * kKeysPerTile <= last_position) {
-      AttendTile<kDim>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions,
-                       lowest_position, scale, segment);
+      AttendTile<kDim>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions, scale,
+                       segment);
     }
     SyncBlock<kWarps>();
     if (tile + kStages < tile_end) loader.Load(tile + kStages);
     CommitCopies();
     loader.FetchBlocks(tile + kStages + 1);
     if ((tile + 1) % kTilesPerSegment == 0 || tile + 1 == tile_end) {
+      // Not before: the scores' registers are free only now. Nor is the condition kept in one.
+      if (tile < kTilesPerSegment && !params.starts_empty && !item.work.is_split)
+        ReadCarried(params, targets[threadIdx.x], running);
       MergeSegment<kDim>(segment, scale, running);
       segment.Clear();
     }
   }
-  WriteRows<kDim>(params, targets, running);
+  if (tile_end <= 0 && !params.starts_empty && !item.work.is_split) ReadCarried(params, targets[threadIdx.x], running);
+  __syncwarp();  // all have read what WriteRows may overwrite
+  WriteRows<kDim>(params, item.work.is_split, targets[threadIdx.x], running);
 }
 
 template <int kDim, int kWarps>
@@ -436,7 +469,7 @@ bool TensorAttentionFits(const AttentionParams& params) {
   const auto is_aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
   return (params.kv.head_dim == 64 || params.kv.head_dim == 128) && params.q_dtype == DType::kBF16 &&
          params.kv.dtype == DType::kBF16 && params.scale > 0 && is_aligned(params.q) && is_aligned(params.kv.pool) &&
-         is_aligned(params.out);
+         is_aligned(params.out) && is_aligned(params.carried);
 }
 
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream) {

@@ -170,10 +170,6 @@ class CudaKernels final : public Kernels {
 
   void Attention(Stream& stream, const AttentionArgs& args) const override {
     if (args.num_tokens == 0 || args.num_sequences == 0) return;
-    if (args.pass != AttentionPass::kWhole) {
-      Fail(stream, absl::UnimplementedError("attention: a pass other than AttentionPass::kWhole"));
-      return;
-    }
     const KvLayout& layout = args.kv.layout;
     if (!IsF32OrBF16(args.q_dtype) || !IsF32OrBF16(layout.dtype) || layout.head_dim > kMaxHeadDim) {
       Fail(stream,
@@ -196,6 +192,7 @@ class CudaKernels final : public Kernels {
     const std::size_t state_bytes = sizeof(float2) + static_cast<std::size_t>(layout.head_dim) * sizeof(float);
     const std::size_t capacity = (bytes - plan_bytes) / state_bytes / 2 * 2;
     std::byte* const states = workspace + plan_bytes;
+    const bool is_whole = args.pass == AttentionPass::kWhole;
     cuda.Queue("attention", [&](cudaStream_t handle) {
       return LaunchAttention({.q = args.q,
                               .q_dtype = args.q_dtype,
@@ -210,6 +207,11 @@ class CudaKernels final : public Kernels {
                               .block_table = args.block_table,
                               .out = args.out,
                               .out_dtype = args.out_dtype,
+                              .key_begin = is_whole ? nullptr : args.key_begin,
+                              .key_end = is_whole ? nullptr : args.key_end,
+                              .carried = is_whole ? nullptr : args.states,
+                              .starts_empty = is_whole || args.pass == AttentionPass::kFirst,
+                              .finishes = is_whole || args.pass == AttentionPass::kLast,
                               .state_capacity = static_cast<std::int64_t>(capacity),
                               .state_out = reinterpret_cast<float*>(states + capacity * sizeof(float2)),
                               .state_max_sum = reinterpret_cast<float2*>(states),

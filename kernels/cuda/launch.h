@@ -110,6 +110,12 @@ struct AttentionParams {
   const std::int32_t* block_table;
   std::byte* out;  // [num_tokens, num_heads, head_dim] of out_dtype
   DType out_dtype;
+  // A pass over a part of the keys (AttentionPass of kernels/kernels.h); key_begin is null: all of them.
+  const std::int32_t* key_begin;  // [num_sequences]
+  const std::int32_t* key_end;    // [num_sequences]
+  float* carried;                 // [num_tokens, num_heads, head_dim + 2]: out, max, sum of a row, from pass to pass
+  bool starts_empty;              // else from `carried`
+  bool finishes;                  // results to `out`, else states to `carried`
   // Workspace: partial states of sequences whose segments are computed by several CTAs. A sequence that does not fit is
   // computed by one CTA per tile, with the same bits.
   std::int64_t state_capacity;  // states

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "tests/kernels/attention_rig.h"
@@ -89,13 +88,7 @@ std::vector<float> InPasses(Rig& rig, const Case& all, const std::vector<std::si
   return out;
 }
 
-using Param = std::tuple<std::string, DType>;
-
-std::string NameOfParam(const testing::TestParamInfo<Param>& param) {
-  return std::get<0>(param.param) + "_" + std::string(NameOf(std::get<1>(param.param)));
-}
-
-class AttentionPassTest : public testing::TestWithParam<Param> {
+class AttentionPassTest : public testing::TestWithParam<TargetAndDType> {
  protected:
   std::string target() const { return std::get<0>(GetParam()); }
   DType dtype() const { return std::get<1>(GetParam()); }
@@ -112,7 +105,7 @@ class AttentionPassTest : public testing::TestWithParam<Param> {
 TEST_P(AttentionPassTest, RandomCutsEqualOneCall) {
   Random random(21);
   Rig rig(target());
-  for (const Heads heads : {Heads{2, 3, 12}, {1, 4, 64}, {1, 2, 80}}) {
+  for (const Heads heads : {Heads{2, 3, 12}, {1, 4, 64}, {1, 2, 80}, {1, 2, 128}}) {
     if (kEffort == 1 && heads.head_dim > 12) continue;
     // Decoding and prefilling sequences, shorter and longer than a segment.
     const Case all = MakeCase(heads, dtype(), {{1030, 1}, {1, 1}, {600, 130}, {256, 2}, {513, 40}}, random);
@@ -150,7 +143,7 @@ TEST_P(AttentionPassTest, ALostPassShows) {
 
 INSTANTIATE_TEST_SUITE_P(Targets, AttentionPassTest,
                          testing::Combine(testing::ValuesIn(AllTargets()), testing::Values(DType::kF32, DType::kBF16)),
-                         NameOfParam);
+                         NameOfTargetAndDType);
 
 }  // namespace
 }  // namespace spillway

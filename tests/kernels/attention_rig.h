@@ -7,11 +7,19 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "tests/kernels/kernel_rig.h"
 
 namespace spillway {
+
+using TargetAndDType = std::tuple<std::string, DType>;
+
+inline std::string NameOfTargetAndDType(const testing::TestParamInfo<TargetAndDType>& param) {
+  return std::get<0>(param.param) + "_" + std::string(NameOf(std::get<1>(param.param)));
+}
 
 struct Heads {
   int num_kv_heads;

@@ -11,13 +11,7 @@
 namespace spillway {
 namespace {
 
-using Param = std::tuple<std::string, DType>;
-
-std::string NameOfParam(const testing::TestParamInfo<Param>& param) {
-  return std::get<0>(param.param) + "_" + std::string(NameOf(std::get<1>(param.param)));
-}
-
-class AttentionTest : public testing::TestWithParam<Param> {
+class AttentionTest : public testing::TestWithParam<TargetAndDType> {
  protected:
   std::string target() const { return std::get<0>(GetParam()); }
   DType dtype() const { return std::get<1>(GetParam()); }
@@ -175,9 +169,34 @@ TEST_P(AttentionTest, ChunksTokensNeighboursAndPlacesDoNotChangeBits) {
   }
 }
 
+TEST_P(AttentionTest, RowsOfOtherSequencesAreLeftAlone) {
+  Rig rig(target());
+  Random random(8);
+  constexpr Heads kHeads = {1, 2, 12};
+  Pool pool(kHeads, dtype(), 1, 120, 2);
+  std::vector<Part> parts(3);
+  for (Part& part : parts) {
+    part.blocks = pool.Add(random.Normals(RowsSize(pool, 520)), 0);
+    part.first_position = 519;
+    part.q = random.Normals(2 * 12);
+  }
+  AttentionCall call(pool, kHeads.group, 0, dtype(), parts);
+  const std::vector<float> before = call.Run(rig);
+  // Now the middle sequence only, over fewer keys.
+  const std::int32_t first_position[] = {300};
+  ++call.args.query_begin;
+  ++call.args.block_begin;
+  call.args.first_position = first_position;
+  call.args.num_sequences = 1;
+  const std::vector<float> after = call.Run(rig);
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(before[i] == after[i], i / 24 != 1) << "element " << i;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Targets, AttentionTest,
                          testing::Combine(testing::ValuesIn(AllTargets()), testing::Values(DType::kF32, DType::kBF16)),
-                         NameOfParam);
+                         NameOfTargetAndDType);
 
 TEST(AttentionTargetsTest, TargetsThatMultiplyFloatsGiveTheSameBits) {
   Random random(9);

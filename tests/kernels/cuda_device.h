@@ -125,7 +125,12 @@ class HostFacingKernels final : public Kernels {
     on_device.block_begin = call.In(args.block_begin, args.num_sequences + 1);
     on_device.block_table = call.In(args.block_table, num_blocks);
     on_device.kv.pool = call.In(args.kv.pool, PoolBytes(layout, args.block_table, num_blocks));
-    on_device.out = call.Out(args.out, size * SizeOfInt(args.out_dtype));
+    if (args.pass != AttentionPass::kWhole) {
+      on_device.key_begin = call.In(args.key_begin, args.num_sequences);
+      on_device.key_end = call.In(args.key_end, args.num_sequences);
+      on_device.states = call.InOut(args.states, args.num_tokens * args.num_heads * (layout.head_dim + 2));
+    }
+    on_device.out = call.InOut(args.out, size * SizeOfInt(args.out_dtype));
     device_.kernels().Attention(stream, on_device);
   }
   void SiluMul(Stream& stream, const SiluMulArgs& args) const override {
