@@ -21,7 +21,7 @@ enum class DTypeChoice : std::uint8_t {
   kBFloat16
 };  // kAuto: the checkpoint's; float16 runs as float32
 
-// Device arrays of one step, laid out by StepRunner. CSR forms as in AttentionArgs.
+// Device arrays of one step, laid out by StepRunner. CSR forms as in AttentionArgs. Rows of no sequence are padding.
 struct StepArrays {
   std::int64_t num_tokens = 0;
   std::int64_t num_sequences = 0;

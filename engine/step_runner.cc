@@ -31,15 +31,17 @@ SampleRow SampleRowOf(const Sequence& sequence) {
 
 absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Model& model, const Limits& limits,
                                                              bool hash_logits) {
-  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, hash_logits));
-  const auto sequences = static_cast<std::size_t>(limits.max_sequences);
+  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, limits, hash_logits));
+  const std::int64_t max_sequences = device.PaddedRows(limits.max_sequences);
+  const std::int64_t max_tokens = std::max<std::int64_t>(limits.max_tokens, max_sequences);
+  const auto sequences = static_cast<std::size_t>(max_sequences);
   Arena count;
-  LayOut(count, {.tokens = static_cast<std::size_t>(limits.max_tokens),
+  LayOut(count, {.tokens = static_cast<std::size_t>(max_tokens),
                  .sequences = sequences,
                  .blocks = sequences * static_cast<std::size_t>(limits.max_blocks_per_sequence),
                  .sampled = sequences,
                  .banned = sequences * static_cast<std::size_t>(limits.max_banned_per_sequence)});
-  RETURN_IF_ERROR(model.Reserve(limits.max_tokens, limits.max_sequences));
+  RETURN_IF_ERROR(model.Reserve(max_tokens, max_sequences));
   ASSIGN_OR_RETURN(runner->host_metadata_, device.Allocate(MemoryKind::kPinnedHost, count.used()));
   ASSIGN_OR_RETURN(runner->device_metadata_, device.Allocate(MemoryKind::kDevice, count.used()));
   const std::size_t result_bytes = sequences * sizeof(SampleResult);
@@ -58,11 +60,11 @@ StepRunner::Layout StepRunner::LayOut(Arena& arena, const Counts& counts) {
   layout.query_begin = arena.Take<std::int32_t>(counts.sequences + 1);
   layout.first_position = arena.Take<std::int32_t>(counts.sequences);
   layout.block_begin = arena.Take<std::int32_t>(counts.sequences + 1);
-  layout.block_table = arena.Take<std::int32_t>(counts.blocks);
   layout.sampled_rows = arena.Take<std::int32_t>(counts.sampled);
   layout.banned_begin = arena.Take<std::int32_t>(counts.sampled + 1);
   layout.banned = arena.Take<std::int32_t>(counts.banned);
   layout.sample_rows = arena.Take<SampleRow>(counts.sampled);
+  layout.block_table = arena.Take<std::int32_t>(counts.blocks);
   return layout;
 }
 
@@ -77,7 +79,17 @@ StepRunner::Counts StepRunner::CountsOf(const StepPlan& plan) {
   return counts;
 }
 
-void StepRunner::Fill(const StepPlan& plan, const Layout& host) {
+// The layout of a step of so many decoding sequences, of which the last ones may be padding.
+StepRunner::Counts StepRunner::PaddedDecode(std::size_t num_sequences, std::size_t num_blocks) const {
+  const auto rows = static_cast<std::size_t>(device_.PaddedRows(static_cast<std::int64_t>(num_sequences)));
+  return {.tokens = rows,
+          .sequences = rows,
+          .blocks = num_blocks,
+          .sampled = rows,
+          .banned = rows * max_banned_per_sequence_};
+}
+
+void StepRunner::Fill(const StepPlan& plan, const Counts& counts, const Layout& host) {
   std::int32_t row = 0;
   std::int32_t block = 0;
   std::int32_t sampled = 0;
@@ -105,21 +117,51 @@ void StepRunner::Fill(const StepPlan& plan, const Layout& host) {
     host.query_begin[index] = row;
     host.block_begin[index] = block;
   }
+  if (counts.sequences > plan.sequences.size()) FillPadding(plan, counts, host);
+}
+
+// Sequences without tokens, and rows that belong to none: what they compute changes no KV and is not read.
+void StepRunner::FillPadding(const StepPlan& plan, const Counts& counts, const Layout& host) {
+  const std::size_t begin = plan.sequences.size();
+  for (std::size_t i = begin; i < counts.sequences; ++i) {
+    host.tokens[i] = host.positions[i] = host.first_position[i] = host.sampled_rows[i] = 0;
+    host.blocks[i] = kNoBlock;
+    host.query_begin[i + 1] = host.query_begin[begin];
+    host.block_begin[i + 1] = host.block_begin[begin];
+    host.banned_begin[i + 1] = host.banned_begin[begin];
+    host.sample_rows[i] = {};
+  }
 }
 
 void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
-  const Counts counts = CountsOf(plan);
+  Counts counts = CountsOf(plan);
+  num_results_ = static_cast<std::int64_t>(counts.sampled);
+  const bool is_decode = counts.tokens == counts.sequences && counts.sampled == counts.sequences;
+  if (is_decode) counts = PaddedDecode(counts.sequences, counts.blocks);
   Arena host_arena(host_metadata_.get(), host_metadata_.size_bytes);
   Arena device_arena(device_metadata_.get(), device_metadata_.size_bytes);
   const Layout host = LayOut(host_arena, counts);
   const Layout device = LayOut(device_arena, counts);
-  Fill(plan, host);
+  Fill(plan, counts, host);
   stream_->Copy(device_metadata_.get(), host_metadata_.get(), host_arena.used());
+  // What a decoding step queues, and where its arrays are, depends on its number of rows alone.
+  const auto queue = [&] { QueueStep(counts, device, kv); };
+  if (is_decode) {
+    stream_->Repeat(counts.sequences, queue);
+  } else {
+    queue();
+  }
+  if (num_results_ > 0) {
+    stream_->Copy(host_result_memory_.get(), device_result_memory_.get(),
+                  static_cast<std::size_t>(num_results_) * sizeof(SampleResult));
+  }
+  stream_->Notify(std::move(done));
+}
 
-  num_results_ = static_cast<std::int64_t>(counts.sampled);
-  const StepArrays arrays{.num_tokens = plan.num_tokens,
+void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvView& kv) {
+  const StepArrays arrays{.num_tokens = static_cast<std::int64_t>(counts.tokens),
                           .num_sequences = static_cast<std::int64_t>(counts.sequences),
-                          .num_sampled = num_results_,
+                          .num_sampled = static_cast<std::int64_t>(counts.sampled),
                           .tokens = device.tokens,
                           .positions = device.positions,
                           .blocks = device.blocks,
@@ -129,18 +171,15 @@ void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<vo
                           .block_table = device.block_table,
                           .sampled_rows = device.sampled_rows};
   const float* const logits = model_.Forward(*stream_, arrays, kv);
-  if (num_results_ > 0) {
-    device_.kernels().Sample(*stream_, {.logits = logits,
-                                        .num_rows = num_results_,
-                                        .vocab = model_.config().vocab,
-                                        .rows = device.sample_rows,
-                                        .banned_begin = device.banned_begin,
-                                        .banned = device.banned,
-                                        .hash_logits = hash_logits_,
-                                        .results = reinterpret_cast<SampleResult*>(device_result_memory_.get())});
-    stream_->Copy(host_result_memory_.get(), device_result_memory_.get(), counts.sampled * sizeof(SampleResult));
-  }
-  stream_->Notify(std::move(done));
+  if (counts.sampled == 0) return;
+  device_.kernels().Sample(*stream_, {.logits = logits,
+                                      .num_rows = static_cast<std::int64_t>(counts.sampled),
+                                      .vocab = model_.config().vocab,
+                                      .rows = device.sample_rows,
+                                      .banned_begin = device.banned_begin,
+                                      .banned = device.banned,
+                                      .hash_logits = hash_logits_,
+                                      .results = reinterpret_cast<SampleResult*>(device_result_memory_.get())});
 }
 
 }  // namespace spillway

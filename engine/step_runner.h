@@ -31,7 +31,8 @@ class StepRunner {
   static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits,
                                                           bool hash_logits);
 
-  // Queues the step. The plan's sequences stay unchanged until done. `done` may only post to a mailbox.
+  // Queues the step. The plan's sequences stay unchanged until done; `kv` is the same in every call. `done` may only
+  // post to a mailbox.
   void Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done);
 
   // After done: whether the step succeeded, and one result per sampling sequence, in the plan's order.
@@ -47,11 +48,11 @@ class StepRunner {
     std::int32_t* query_begin;
     std::int32_t* first_position;
     std::int32_t* block_begin;
-    std::int32_t* block_table;
     std::int32_t* sampled_rows;
     std::int32_t* banned_begin;
     std::int32_t* banned;
     SampleRow* sample_rows;
+    std::int32_t* block_table;  // last: its size is no part of what a repeated step is
   };
   struct Counts {
     std::size_t tokens = 0;
@@ -61,14 +62,21 @@ class StepRunner {
     std::size_t banned = 0;
   };
 
-  StepRunner(Device& device, Model& model, bool hash_logits)
-      : device_(device), model_(model), hash_logits_(hash_logits) {}
+  StepRunner(Device& device, Model& model, const Limits& limits, bool hash_logits)
+      : device_(device),
+        model_(model),
+        max_banned_per_sequence_(static_cast<std::size_t>(limits.max_banned_per_sequence)),
+        hash_logits_(hash_logits) {}
   static Layout LayOut(Arena& arena, const Counts& counts);
   static Counts CountsOf(const StepPlan& plan);
-  static void Fill(const StepPlan& plan, const Layout& host);
+  Counts PaddedDecode(std::size_t num_sequences, std::size_t num_blocks) const;
+  static void Fill(const StepPlan& plan, const Counts& counts, const Layout& host);
+  static void FillPadding(const StepPlan& plan, const Counts& counts, const Layout& host);
+  void QueueStep(const Counts& counts, const Layout& device, const KvView& kv);
 
   Device& device_;
   Model& model_;
+  const std::size_t max_banned_per_sequence_;
   const bool hash_logits_;
   Buffer host_metadata_;
   Buffer device_metadata_;

@@ -50,6 +50,10 @@ class Stream {
   // Runs `reached` on a device thread once all work queued before is done (or was skipped after an error).
   // It may only post to a mailbox.
   virtual void Notify(std::function<void()> reached) = 0;
+  // Calls `queue`, which queues work on this stream: kernels, copies, and Wait and Record to fork to other streams and
+  // join them again. All calls with one key queue the same work with the same arguments, only what the arguments point
+  // to differs; so a device may repeat what it recorded, without calling `queue`.
+  virtual void Repeat(std::uint64_t /*key*/, const std::function<void()>& queue) { queue(); }
   virtual absl::Status status() const = 0;
 };
 
@@ -62,6 +66,8 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Stream>> NewStream() = 0;
   virtual const Kernels& kernels() const = 0;
   virtual std::size_t free_bytes() const = 0;  // what is left of the device's memory
+  // How many rows a step of num_rows decoding sequences is best padded to, so that Stream::Repeat meets few keys.
+  virtual std::int64_t PaddedRows(std::int64_t num_rows) const { return num_rows; }
   // Device, SIMD target and GEMM path, for logs and for the compute id of cache keys: "cpu avx512 amx-gemm".
   virtual std::string description() const = 0;
 };
@@ -93,6 +99,8 @@ struct CudaDeviceOptions {
   double gpu_memory_utilization = 0.9;  // (0, 1]: share of all device memory, what others hold included
   // One GEMM algorithm per (N, K) whatever the number of rows: a row's bits then depend on that row alone.
   bool batch_invariant = false;
+  // Repeated work is queued anew each time, not replayed from a CUDA graph.
+  bool enforce_eager = false;
   // "auto" (SPILLWAY_CUBLASLT, the loader's places, the toolkit), a path to libcublasLt, or "none": our own slow GEMM.
   std::string cublaslt = "auto";
   // Partial states of long sequences, per stream that runs attention, outside the slab. Less only costs speed.

@@ -97,11 +97,13 @@ struct KvView {
 
 // Splits the fused projection, rotates q and k (rotate-half form: pairs (i, i + half)), writes q, and writes K and V
 // rows, rounded to the layout's dtype, into their blocks.
+inline constexpr std::int32_t kNoBlock = -1;  // of a row that pads a step: its K and V go nowhere
+
 struct RopeAppendArgs {
   const float* qkv = nullptr;               // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
   const float* cos_sin = nullptr;           // [num_tokens, head_dim], as RopeAngles wrote it
   const std::int32_t* positions = nullptr;  // [num_tokens]; row in its block = position % 16
-  const std::int32_t* blocks = nullptr;     // [num_tokens]: the block that holds this token
+  const std::int32_t* blocks = nullptr;     // [num_tokens]: the block that holds this token, or kNoBlock
   std::int64_t num_tokens = 0;
   int num_heads = 0;
   int layer = 0;

@@ -99,6 +99,7 @@ void RopeAppend(const RopeAppendArgs& args) {
       Rotate(qkv + h * dim, cos_sin, layout.head_dim, args.q_dtype,
              args.q + (t * args.num_heads + h) * dim * static_cast<std::int64_t>(SizeOf(args.q_dtype)));
     }
+    if (args.blocks[t] == kNoBlock) continue;
     for (int h = 0; h < layout.num_kv_heads; ++h) {
       std::byte* const row = args.kv.pool + static_cast<std::size_t>(args.blocks[t]) * layout.block_bytes() +
                              layout.strip_offset(args.layer, h) +

@@ -116,6 +116,7 @@ void RopeAppend(const RopeAppendArgs& args, std::int64_t begin, std::int64_t end
         RotateHead(qkv + h * dim, cos_sin, dim / 2, reinterpret_cast<std::uint16_t*>(args.q) + at);
       }
     }
+    if (args.blocks[t] == kNoBlock) continue;
     std::byte* const block = args.kv.pool + static_cast<std::size_t>(args.blocks[t]) * layout.block_bytes();
     for (int h = 0; h < layout.num_kv_heads; ++h) {
       std::byte* const row = block + layout.strip_offset(args.layer, h) +

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <bit>
 #include <memory>
 #include <string>
 #include <utility>
@@ -26,20 +28,33 @@ constexpr int kLowestMajor = 8;  // cp.async, bf16 mma, redux
 
 class CudaDevice final : public Device {
  public:
-  CudaDevice(int index, std::shared_ptr<Slab> slab, std::unique_ptr<Kernels> kernels, std::string description)
-      : index_(index), slab_(std::move(slab)), kernels_(std::move(kernels)), description_(std::move(description)) {}
+  CudaDevice(const CudaDeviceOptions& options, std::shared_ptr<Slab> slab, std::unique_ptr<Kernels> kernels,
+             std::string description)
+      : index_(options.index),
+        repeats_(options.enforce_eager ? CudaStream::Repeats::kQueued : CudaStream::Repeats::kReplayed),
+        slab_(std::move(slab)),
+        kernels_(std::move(kernels)),
+        description_(std::move(description)) {}
 
   absl::StatusOr<Buffer> Allocate(MemoryKind kind, std::size_t size_bytes) override {
     RETURN_IF_ERROR(ToStatus(cudaSetDevice(index_), "choosing the device"));
     return kind == MemoryKind::kDevice ? slab_->Take(size_bytes) : AllocatePinned(size_bytes);
   }
-  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override { return CudaStream::Make(index_); }
+  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override { return CudaStream::Make(index_, repeats_); }
   const Kernels& kernels() const override { return *kernels_; }
   std::size_t free_bytes() const override { return slab_->free_bytes(); }
+  // At most an eighth more from 57 rows on; 43 results up to 1,024 rows.
+  std::int64_t PaddedRows(std::int64_t num_rows) const override {
+    if (repeats_ == CudaStream::Repeats::kQueued) return num_rows;
+    const auto ceiling = std::bit_ceil(static_cast<std::uint64_t>(num_rows));
+    const auto granule = static_cast<std::int64_t>(ceiling <= 8 ? ceiling : std::max<std::uint64_t>(ceiling / 16, 8));
+    return (num_rows + granule - 1) / granule * granule;
+  }
   std::string description() const override { return description_; }
 
  private:
   const int index_;
+  const CudaStream::Repeats repeats_;
   const std::shared_ptr<Slab> slab_;
   const std::unique_ptr<Kernels> kernels_;
   const std::string description_;
@@ -109,7 +124,7 @@ absl::StatusOr<std::unique_ptr<Device>> Make(const CudaDeviceOptions& options) {
   }
   std::string description = absl::StrCat("cuda ", properties.name, " sm_", properties.major, properties.minor, " ",
                                          gemm, options.batch_invariant ? " batch-invariant" : "");
-  return std::make_unique<CudaDevice>(options.index, slab, MakeCudaKernels(slab, std::move(kernels_options)),
+  return std::make_unique<CudaDevice>(options, slab, MakeCudaKernels(slab, std::move(kernels_options)),
                                       std::move(description));
 }
 

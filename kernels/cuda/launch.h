@@ -70,7 +70,7 @@ struct RopeAppendParams {
   const float* qkv;               // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
   const float* cos_sin;           // [num_tokens, head_dim]
   const std::int32_t* positions;  // [num_tokens]
-  const std::int32_t* blocks;     // [num_tokens]
+  const std::int32_t* blocks;     // [num_tokens]; negative: none
   std::int64_t num_tokens;
   int num_heads;
   KvLayer kv;

@@ -93,7 +93,8 @@ __global__ void RopeAppendKernel(RopeAppendParams params) {
   std::byte* const rows = params.kv.pool + params.blocks[t] * params.kv.block_bytes +
                           params.positions[t] % kBlockTokens * params.kv.row_bytes;
 
-  const int num_rotated = (params.num_heads + num_kv_heads) * half;
+  const bool is_kept = params.blocks[t] >= 0;
+  const int num_rotated = (params.num_heads + (is_kept ? num_kv_heads : 0)) * half;
   for (int index = static_cast<int>(threadIdx.x); index < num_rotated; index += static_cast<int>(blockDim.x)) {
     const int head = index / half;
     const int i = index % half;
@@ -113,6 +114,7 @@ __global__ void RopeAppendKernel(RopeAppendParams params) {
       StoreAs(row, params.kv.dtype, half + i, high);
     }
   }
+  if (!is_kept) return;
   const float* const values = qkv + (params.num_heads + num_kv_heads) * dim;
   for (int index = static_cast<int>(threadIdx.x); index < num_kv_heads * dim; index += static_cast<int>(blockDim.x)) {
     StoreAs(rows + index / dim * params.kv.strip_bytes, params.kv.dtype, dim + index % dim, values[index]);

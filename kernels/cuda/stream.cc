@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/check.h"
 #include "kernels/cuda/errors.h"
 #include "kernels/cuda/memory.h"
 #include "kernels/status_macros.h"
@@ -97,22 +98,37 @@ absl::Status CudaEvent::Await() {
   return state_->status();
 }
 
-absl::StatusOr<std::unique_ptr<Stream>> CudaStream::Make(int device) {
+absl::StatusOr<std::unique_ptr<Stream>> CudaStream::Make(int device, Repeats repeats) {
   RETURN_IF_ERROR(ToStatus(cudaSetDevice(device), "choosing the device"));
   ASSIGN_OR_RETURN(Buffer fault, AllocatePinned(sizeof(Fault)));
   cudaStream_t stream = nullptr;
   RETURN_IF_ERROR(ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"));
-  return std::unique_ptr<Stream>(new CudaStream(device, stream, std::move(fault)));
+  cudaStream_t recorder = nullptr;
+  const cudaError_t error = cudaStreamCreateWithFlags(&recorder, cudaStreamNonBlocking);
+  if (error != cudaSuccess) {
+    cudaStreamDestroy(stream);
+    return ToStatus(error, "creating a stream");
+  }
+  return std::unique_ptr<Stream>(new CudaStream(device, repeats, stream, recorder, std::move(fault)));
 }
 
-CudaStream::CudaStream(int device, cudaStream_t stream, Buffer fault)
-    : device_(device), stream_(stream), state_(std::make_shared<StreamState>(std::move(fault))) {}
+CudaStream::CudaStream(int device, Repeats repeats, cudaStream_t stream, cudaStream_t recorder, Buffer fault)
+    : device_(device),
+      repeats_(repeats),
+      stream_(stream),
+      recorder_(recorder),
+      target_(stream),
+      state_(std::make_shared<StreamState>(std::move(fault))) {}
 
 CudaStream::~CudaStream() {
   cudaSetDevice(device_);
   Check(cudaStreamSynchronize(stream_), "the last work of a stream");
   state_->RunPending();
+  for (const auto& [key, graph] : graphs_) {
+    if (graph != nullptr) cudaGraphExecDestroy(graph);
+  }
   for (std::byte* const workspace : workspaces_) cudaFree(workspace);
+  cudaStreamDestroy(recorder_);
   cudaStreamDestroy(stream_);
 }
 
@@ -139,7 +155,7 @@ std::shared_ptr<Event> CudaStream::Record() {
   cudaEvent_t event = nullptr;
   if (IsUsable()) {
     Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
-    if (event != nullptr) Check(cudaEventRecord(event, stream_), "recording an event");
+    if (event != nullptr) Check(cudaEventRecord(event, target_), "recording an event");
   }
   return std::make_shared<CudaEvent>(event, state_);
 }
@@ -155,11 +171,44 @@ void CudaStream::Wait(const std::shared_ptr<Event>& event) {
 }
 
 void CudaStream::Notify(std::function<void()> reached) {
+  SPILLWAY_CHECK(target_ == stream_) << "a notification among repeated work would be sent with every repetition";
   if (!IsUsable()) {
     reached();
     return;
   }
   state_->Notify(stream_, std::move(reached));
+}
+
+void CudaStream::Repeat(std::uint64_t key, const std::function<void()>& queue) {
+  if (!IsUsable()) return;
+  const auto [met, is_new] = graphs_.try_emplace(key, nullptr);
+  // The first time loads kernels, takes workspaces and chooses algorithms, which cannot be recorded.
+  if (repeats_ == Repeats::kQueued || is_new) {
+    queue();
+    return;
+  }
+  cudaGraphExec_t& graph = met->second;
+  if (graph == nullptr) graph = RecordGraph(queue);
+  if (graph != nullptr) {
+    Queue("replaying repeated work", [&](cudaStream_t stream) { return cudaGraphLaunch(graph, stream); });
+  }
+}
+
+// Null after an error.
+cudaGraphExec_t CudaStream::RecordGraph(const std::function<void()>& queue) {
+  constexpr std::string_view kWhat = "recording repeated work";
+  const cudaError_t error = cudaStreamBeginCapture(recorder_, cudaStreamCaptureModeThreadLocal);
+  Check(error, kWhat);
+  if (error != cudaSuccess) return nullptr;
+  target_ = recorder_;
+  queue();
+  target_ = stream_;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  Check(cudaStreamEndCapture(recorder_, &graph), kWhat);
+  if (IsUsable()) Check(cudaGraphInstantiate(&executable, graph, 0), kWhat);
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  return executable;
 }
 
 absl::Status CudaStream::status() const {

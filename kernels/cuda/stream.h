@@ -62,7 +62,9 @@ class CudaEvent final : public Event {
 
 class CudaStream final : public Stream {
  public:
-  static absl::StatusOr<std::unique_ptr<Stream>> Make(int device);
+  // kReplayed: the second call of Repeat with a key records a CUDA graph, which it and later ones launch.
+  enum class Repeats : std::uint8_t { kQueued, kReplayed };
+  static absl::StatusOr<std::unique_ptr<Stream>> Make(int device, Repeats repeats);
   ~CudaStream() override;
 
   void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) override;  // by a copy engine
@@ -70,19 +72,19 @@ class CudaStream final : public Stream {
   // If the awaited work is known to have failed, this stream takes over its error.
   void Wait(const std::shared_ptr<Event>& event) override;
   void Notify(std::function<void()> reached) override;
+  void Repeat(std::uint64_t key, const std::function<void()>& queue) override;
   absl::Status status() const override;
 
   // Queues what `launch(cudaStream_t)` queues; skipped after an error.
   template <typename Launch>
   void Queue(std::string_view what, Launch launch) {
     if (!IsUsable()) return;
-    Check(launch(stream_), what);
+    Check(launch(target_), what);
   }
   void Fail(absl::Status status) { state_->Fail(std::move(status)); }
   bool IsUsable() const;  // also makes the stream's device the calling thread's
 
-  // For measurements, and for capturing what is queued into a graph.
-  cudaStream_t handle() const { return stream_; }
+  cudaStream_t handle() const { return stream_; }  // for measurements
   Fault* fault() const { return state_->fault(); }
   // Device memory for the kernels of this stream, kept from call to call: one piece per purpose, allocated when first
   // asked for. Null after an error.
@@ -90,11 +92,17 @@ class CudaStream final : public Stream {
   std::byte* Workspace(Purpose purpose, std::size_t size_bytes);
 
  private:
-  CudaStream(int device, cudaStream_t stream, Buffer fault);
+  CudaStream(int device, Repeats repeats, cudaStream_t stream, cudaStream_t recorder, Buffer fault);
   void Check(cudaError_t error, std::string_view what);
+  cudaGraphExec_t RecordGraph(const std::function<void()>& queue);
 
   const int device_;
+  const Repeats repeats_;
   const cudaStream_t stream_;
+  // Only ever records: so `stream_` may be asked for its state at any time, by any thread.
+  const cudaStream_t recorder_;
+  cudaStream_t target_;  // of what is queued: stream_, or recorder_ while a graph is recorded
+  std::map<std::uint64_t, cudaGraphExec_t> graphs_;  // null: the key was met once
   const std::shared_ptr<StreamState> state_;
   std::byte* workspaces_[2] = {};
 };

@@ -7,9 +7,11 @@
 #include <cstring>
 #include <future>
 #include <numeric>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "kernels/cuda/gather.h"
 #include "tests/kernels/kernel_rig.h"
 
@@ -113,6 +115,97 @@ TEST(CudaStreamTest, TheFirstErrorSticksAndNotificationsStillCome) {
   notified.get_future().wait();
   dependent->Wait(stream->Record());
   EXPECT_EQ(dependent->status(), status);
+}
+
+// What `gate_up` holds goes to `to`, by way of another stream.
+class CudaRepeatTest : public testing::Test {
+ protected:
+  // SiLU(large) is the identity: out = gate * up.
+  static constexpr float kGate = 100;
+  static constexpr std::int64_t kSize = 4;
+
+  void Queue(Device& device, Stream& stream, Stream& other, const float* gate_up, float* halfway, float* to) {
+    ++times_queued_;
+    device.kernels().SiluMul(
+        stream, {.gate_up = gate_up, .num_tokens = 1, .inner = kSize, .out = reinterpret_cast<std::byte*>(halfway)});
+    other.Wait(stream.Record());
+    other.Copy(reinterpret_cast<std::byte*>(to), reinterpret_cast<const std::byte*>(halfway), kSize * sizeof(float));
+    if (joins_) stream.Wait(other.Record());
+  }
+  // The values after each of `rounds` repetitions whose input is 1, 2, ...
+  std::vector<float> Run(Device& device, Stream& stream, int rounds, std::uint64_t num_keys = 1) {
+    const auto other = device.NewStream().value();
+    const auto pinned = [&](std::int64_t size) {
+      buffers_.push_back(
+          device.Allocate(MemoryKind::kPinnedHost, static_cast<std::size_t>(size) * sizeof(float)).value());
+      return reinterpret_cast<float*>(buffers_.back().get());
+    };
+    float* const gate_up = pinned(2 * kSize);
+    float* const halfway = pinned(kSize);
+    float* const to = pinned(kSize);
+    std::vector<float> seen;
+    for (int i = 0; i < rounds; ++i) {
+      for (std::int64_t k = 0; k < kSize; ++k) {
+        gate_up[k] = kGate;
+        gate_up[kSize + k] = static_cast<float>(i + 1) / kGate;
+      }
+      stream.Repeat(static_cast<std::uint64_t>(i) % num_keys,
+                    [&] { Queue(device, stream, *other, gate_up, halfway, to); });
+      if (!stream.Record()->Await().ok()) return {};
+      seen.push_back(to[kSize - 1]);
+    }
+    return seen;
+  }
+
+  int times_queued_ = 0;
+  bool joins_ = true;
+  std::vector<Buffer> buffers_;  // outlive the streams
+};
+
+TEST_F(CudaRepeatTest, RepeatedWorkIsRecordedOnceAndReadsWhatIsThereNow) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  EXPECT_THAT(Run(*device, *stream, 5), testing::Pointwise(testing::FloatEq(), {1, 2, 3, 4, 5}));
+  EXPECT_EQ(times_queued_, 2) << "the first time as it is, the second time to record it";
+}
+
+TEST_F(CudaRepeatTest, EveryKeyHasItsOwnWork) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  EXPECT_THAT(Run(*device, *stream, 6, 3), testing::Pointwise(testing::FloatEq(), {1, 2, 3, 4, 5, 6}));
+  EXPECT_EQ(times_queued_, 6);
+}
+
+TEST_F(CudaRepeatTest, EagerWorkIsQueuedEachTime) {
+  CudaDeviceOptions options = CudaTestOptions();
+  options.enforce_eager = true;
+  SPILLWAY_CUDA_OR_SKIP(device, options);
+  const auto stream = device->NewStream().value();
+  EXPECT_THAT(Run(*device, *stream, 4), testing::Pointwise(testing::FloatEq(), {1, 2, 3, 4}));
+  EXPECT_EQ(times_queued_, 4);
+  EXPECT_EQ(device->PaddedRows(9), 9);
+}
+
+TEST_F(CudaRepeatTest, AForkThatIsNotJoinedFailsTheStreamByName) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  joins_ = false;
+  Run(*device, *stream, 2);
+  EXPECT_FALSE(stream->status().ok());
+  EXPECT_NE(stream->status().message().find("recording repeated work"), absl::string_view::npos) << stream->status();
+}
+
+TEST(CudaDeviceTest, FewSizesOfPaddedSteps) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  std::set<std::int64_t> sizes;
+  for (std::int64_t rows = 1; rows <= 1024; ++rows) {
+    const std::int64_t padded = device->PaddedRows(rows);
+    ASSERT_GE(padded, rows);
+    ASSERT_LE(padded, rows <= 8 ? 2 * rows - 1 : std::max<std::int64_t>(rows + 7, rows * 9 / 8)) << rows;
+    ASSERT_EQ(device->PaddedRows(padded), padded);
+    sizes.insert(padded);
+  }
+  EXPECT_EQ(sizes.size(), 43U);
 }
 
 TEST(CudaGatherTest, RowsOfEverySizeArriveBitExact) {

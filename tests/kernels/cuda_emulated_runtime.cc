@@ -1,22 +1,52 @@
 // The functions of the CUDA runtime that kernels/cuda calls, on the CPU, for tests with emulated kernels: linked in
-// place of libcudart. Everything is done when the call returns; device memory is host memory, poisoned when allocated.
+// place of libcudart. Everything is done when the call returns, or when a graph that recorded it is launched; device
+// memory is host memory, poisoned when allocated. What a recording must not do fails as it does on a GPU.
 
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <set>
+#include <vector>
+
+// The handles that CUDA leaves opaque.
+struct CUgraph_st {
+  std::vector<std::function<cudaError_t()>> nodes;
+  cudaStream_t origin = nullptr;
+  std::set<cudaStream_t> forked;    // other streams that record into it
+  std::set<cudaStream_t> unjoined;  // those whose last work nothing waits for
+};
+struct CUstream_st {
+  cudaGraph_t recording = nullptr;
+};
+struct CUevent_st {
+  cudaStream_t recorded_by = nullptr;  // while that records a graph
+};
+struct CUgraphExec_st {
+  std::vector<std::function<cudaError_t()>> nodes;
+};
 
 namespace spillway::emulation {
+
 void AllowShared(const void* kernel, std::size_t size_bytes);
+
+cudaError_t Queue(cudaStream_t stream, std::function<cudaError_t()> work) {
+  if (stream->recording == nullptr) return work();
+  stream->recording->nodes.push_back(std::move(work));
+  if (stream != stream->recording->origin) stream->recording->unjoined.insert(stream);
+  return cudaSuccess;
 }
+
+}  // namespace spillway::emulation
 
 namespace {
 
 constexpr std::size_t kTotalBytes = std::size_t{4} << 30;
-int a_stream;
-int an_event;
+int num_recordings = 0;
 
 cudaError_t Allocate(void** memory, std::size_t size_bytes) {
+  if (num_recordings > 0) return cudaErrorStreamCaptureUnsupported;
   *memory = std::aligned_alloc(256, (size_bytes + 255) / 256 * 256);
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xcb, size_bytes);
@@ -58,9 +88,11 @@ cudaError_t cudaMemset(void* memory, int value, std::size_t size_bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size_bytes, cudaMemcpyKind /*kind*/,
-                            cudaStream_t /*stream*/) {
-  std::memcpy(to, from, size_bytes);
-  return cudaSuccess;
+                            cudaStream_t stream) {
+  return spillway::emulation::Queue(stream, [=] {
+    std::memcpy(to, from, size_bytes);
+    return cudaSuccess;
+  });
 }
 cudaError_t cudaMemcpy2D(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width,
                          std::size_t height, cudaMemcpyKind /*kind*/) {
@@ -71,24 +103,76 @@ cudaError_t cudaMemcpy2D(void* to, std::size_t to_pitch, const void* from, std::
 }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
-  *stream = reinterpret_cast<cudaStream_t>(&a_stream);
+  *stream = new CUstream_st;
   return cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t /*stream*/) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t /*stream*/) { return cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t /*stream*/) { return cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t /*stream*/, cudaEvent_t /*event*/, unsigned /*flags*/) {
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return stream->recording == nullptr ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cudaStreamQuery(stream); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
+  if (event->recorded_by == nullptr)
+    return stream->recording == nullptr ? cudaSuccess : cudaErrorStreamCaptureIsolation;
+  const cudaGraph_t graph = event->recorded_by->recording;
+  if (stream->recording == nullptr) graph->forked.insert(stream);
+  stream->recording = graph;
+  graph->unjoined.erase(event->recorded_by);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*mode*/) {
+  ++num_recordings;
+  stream->recording = new CUgraph_st;
+  stream->recording->origin = stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  --num_recordings;
+  *graph = stream->recording;
+  stream->recording = nullptr;
+  for (const cudaStream_t forked : (*graph)->forked) forked->recording = nullptr;
+  if ((*graph)->unjoined.empty()) return cudaSuccess;
+  cudaGraphDestroy(*graph);
+  *graph = nullptr;
+  return cudaErrorStreamCaptureUnjoined;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long /*flags*/) {
+  *executable = new CUgraphExec_st{graph->nodes};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t /*stream*/) {
+  for (const auto& node : executable->nodes) {
+    if (const cudaError_t error = node(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  delete executable;
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
-  *event = reinterpret_cast<cudaEvent_t>(&an_event);
+  *event = new CUevent_st;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t /*event*/, cudaStream_t /*stream*/) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->recorded_by = stream->recording == nullptr ? nullptr : stream;
+  return cudaSuccess;
+}
 cudaError_t cudaEventQuery(cudaEvent_t /*event*/) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t /*event*/) { return cudaSuccess; }
-cudaError_t cudaEventDestroy(cudaEvent_t /*event*/) { return cudaSuccess; }
-cudaError_t cudaLaunchHostFunc(cudaStream_t /*stream*/, cudaHostFn_t function, void* data) {
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  if (stream->recording != nullptr) return cudaErrorStreamCaptureUnsupported;
   function(data);
   return cudaSuccess;
 }

@@ -45,6 +45,9 @@ extern Place place;
 cudaError_t RunGrid(const void* kernel, unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
                     const std::function<void()>& thread);
 
+// Does `work` at once, or records it where the stream records a graph.
+cudaError_t Queue(cudaStream_t stream, std::function<cudaError_t()> work);
+
 std::byte* SharedMemory();
 void SyncBlock();
 
@@ -220,9 +223,11 @@ inline uint4 LoadOnce(const std::byte* from) { return *reinterpret_cast<const ui
 
 template <typename... Params, typename... Args>
 cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
-                   cudaStream_t /*stream*/, Args... args) {
-  return emulation::RunGrid(reinterpret_cast<const void*>(kernel), num_ctas, num_threads, shared_bytes,
-                            [&] { kernel(static_cast<Params>(args)...); });
+                   cudaStream_t stream, Args... args) {
+  return emulation::Queue(stream, [=] {
+    return emulation::RunGrid(reinterpret_cast<const void*>(kernel), num_ctas, num_threads, shared_bytes,
+                              [&] { kernel(static_cast<Params>(args)...); });
+  });
 }
 
 }  // namespace spillway::cuda

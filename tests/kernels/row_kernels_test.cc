@@ -132,7 +132,7 @@ TEST_P(RowKernelsTest, RopeAppendWritesQueriesAndBlocks) {
         KvLayout layout{2, num_kv_heads, head_dim, dtype};
         const Array pool(dtype, std::vector<float>(4 * layout.block_bytes() / SizeOf(dtype), -9));
         const std::vector<std::int32_t> positions = {14, 15, 16, 5};
-        const std::vector<std::int32_t> blocks = {2, 2, 0, 3};
+        const std::vector<std::int32_t> blocks = {2, kNoBlock, 0, 3};
         const auto dim = static_cast<std::size_t>(head_dim);
         const auto row_size = static_cast<std::size_t>(num_heads + 2 * num_kv_heads) * dim;
         const std::vector<float> qkv = random.Normals(4 * row_size);
@@ -165,7 +165,7 @@ TEST_P(RowKernelsTest, RopeAppendWritesQueriesAndBlocks) {
           for (std::size_t h = 0; h < static_cast<std::size_t>(num_heads); ++h) {
             for (std::size_t i = 0; i < dim; ++i) expected_q.push_back(rotated(h, i));
           }
-          for (int h = 0; h < num_kv_heads; ++h) {
+          for (int h = 0; blocks[t] != kNoBlock && h < num_kv_heads; ++h) {
             const std::size_t at =
                 (static_cast<std::size_t>(blocks[t]) * layout.block_bytes() + layout.strip_offset(1, h) +
                  static_cast<std::size_t>(positions[t] % 16) * layout.row_bytes()) /
