@@ -44,9 +44,17 @@ class ModelWithoutDefaults : public Model {
 
 absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const DeviceChoice& choice) {
   if (choice.device == "cuda") {
-    absl::StatusOr<std::unique_ptr<Device>> device = MakeCudaDevice({});
+    CudaDeviceOptions options;
+    if (choice.gpu_memory_utilization > 0) options.gpu_memory_utilization = choice.gpu_memory_utilization;
+    options.batch_invariant = choice.batch_invariant;
+    options.enforce_eager = choice.enforce_eager;
+    absl::StatusOr<std::unique_ptr<Device>> device = MakeCudaDevice(options);
     if (device.ok()) return device;
     return absl::Status(device.status().code(), fmt::format("--device: {}", std::string(device.status().message())));
+  }
+  if (choice.gpu_memory_utilization > 0) {
+    return absl::InvalidArgumentError(
+        "--gpu-memory-utilization: the cpu device has no GPU memory; its KV cache is sized by --kv-cache-memory-bytes");
   }
   CpuDeviceOptions options;
   options.num_workers = static_cast<int>(choice.threads);

@@ -27,8 +27,7 @@ constexpr std::string_view kTracing = "tracing is not built; /metrics has the la
 constexpr std::string_view kLogging = "requests are not logged; --log-level sets what is";
 constexpr std::string_view kMetrics = "the metrics are fixed";
 constexpr std::string_view kCors = "cross-origin headers are not built; put a proxy in front";
-constexpr std::string_view kMemory =
-    "the KV cache is sized by --kv-cache-memory-bytes, not by a share of device memory";
+constexpr std::string_view kMemory = "the KV cache is sized by --kv-cache-memory-bytes";
 constexpr std::string_view kRemote = "engine and front ends are one process; there are no workers to set up";
 constexpr std::string_view kTemplate =
     "the chat format is chosen by the checkpoint's special tokens; templates are not built";
@@ -140,7 +139,6 @@ constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"allowed-methods", kCors},
     {"allowed-headers", kCors},
     {"compilation-config", kTorch},
-    {"enforce-eager", kTorch},
     {"cuda-graph-sizes", kTorch},
     {"max-seq-len-to-capture", kTorch},
     {"cudagraph-capture-sizes", kTorch},
@@ -204,7 +202,6 @@ constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"return-tokens-as-token-ids", "ask for it in the request where it is supported"},
     {"tokens-only", "text and token ids are always taken"},
     {"disable-fastapi-docs", "there are no documentation pages to hide"},
-    {"gpu-memory-utilization", kMemory},
     {"num-gpu-blocks-override", kMemory},
     {"disable-sliding-window", kSliding},
     {"disable-cascade-attn", "there is one attention kernel"},

@@ -96,6 +96,34 @@ std::vector<OptionRow> MakeTable() {
        .group = "Device",
        .help = "Threads that compute. auto: the cores this process may run on.",
        .vllm = "VLLM_CPU_OMP_THREADS_BIND"},
+      {.name = "gpu-memory-utilization",
+       .commands = kEngines,
+       .kind = kNumber,
+       .target = SPILLWAY_AT(device.gpu_memory_utilization),
+       .least = 0.01,
+       .most = 1,
+       .special = SpecialValue{"auto", 0},
+       .group = "Device",
+       .help =
+           "Share of the GPU's memory for weights, activations and KV, what others hold included. auto: 0.9. Refused "
+           "on the cpu device.",
+       .vllm = "--gpu-memory-utilization"},
+      {.name = "batch-invariant",
+       .commands = kEngines,
+       .kind = kFlag,
+       .target = SPILLWAY_AT(device.batch_invariant),
+       .group = "Device",
+       .help = "Outputs do not depend on the batch: on cuda one algorithm per matrix product, at some cost. The cpu "
+               "device is so always.",
+       .vllm = "VLLM_BATCH_INVARIANT",
+       .environment = "VLLM_BATCH_INVARIANT"},
+      {.name = "enforce-eager",
+       .commands = kEngines,
+       .kind = kFlag,
+       .target = SPILLWAY_AT(device.enforce_eager),
+       .group = "Device",
+       .help = "No CUDA graphs: every decoding step is queued kernel by kernel. The cpu device does so always.",
+       .vllm = "--enforce-eager"},
       // KV cache
       {.name = "kv-cache-memory-bytes",
        .commands = kEngines,
@@ -108,7 +136,7 @@ std::vector<OptionRow> MakeTable() {
        .group = "KV cache",
        .help =
            "Size of the device's KV cache. auto: an eighth of the smaller of 25 % of available memory and the cgroup "
-           "limit less weights and 2 GiB.",
+           "limit less weights and 2 GiB; on cuda three quarters of what the weights leave.",
        .vllm = "--kv-cache-memory-bytes"},
       {.name = "block-size",
        .commands = kEngines,

@@ -37,7 +37,10 @@ struct DeviceChoice {
   std::string device = "auto";
   std::string cpu_target = "auto";
   std::string cpu_gemm = "auto";
-  std::int64_t threads = 0;  // 0: the cores this process may run on
+  std::int64_t threads = 0;           // 0: the cores this process may run on
+  double gpu_memory_utilization = 0;  // 0: the cuda device's own default
+  bool batch_invariant = false;
+  bool enforce_eager = false;
 };
 
 struct CacheChoice {

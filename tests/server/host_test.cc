@@ -114,5 +114,13 @@ TEST(PlanCapacity, RefusesWhatCannotBe) {
   EXPECT_THAT(error(request), HasSubstr("give --kv-cache-memory-bytes 1100 or more"));
 }
 
+TEST(MakeEngineHost, RefusesAShareOfGpuMemoryOnTheCpuDevice) {
+  Options options;
+  options.device.gpu_memory_utilization = 0.5;
+  const absl::Status status = MakeEngineHost(options, {}).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("--gpu-memory-utilization"));
+}
+
 }  // namespace
 }  // namespace spillway

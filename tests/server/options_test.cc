@@ -242,6 +242,10 @@ TEST(Options, PythonHashSeedIsTheHashSeed) {
       "7");
 }
 
+TEST(Options, VllmsVariableAsksForBatchInvariance) {
+  EXPECT_TRUE(Parse({"serve"}, {{"VLLM_BATCH_INVARIANT", "1"}})->options.device.batch_invariant);
+}
+
 TEST(Options, UnknownNamesGetTheNearestOne) {
   EXPECT_THAT(ErrorOf(Parse({"serve", "m", "--max-num-seq", "3"})),
               AllOf(HasSubstr("--max-num-seq"), HasSubstr("max-num-seqs")));
