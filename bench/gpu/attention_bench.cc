@@ -81,6 +81,36 @@ void Decode(Bench& bench, MemoryKind kind, int num_sequences, int context) {
                 is_host ? bench.pinned_gbps : bench.hbm_gbps});
 }
 
+// A sequence whose first three quarters are read from host memory in place, in a pass of their own, and the rest from
+// the device: what decoding beyond the device's memory does in every layer.
+void StreamedDecode(Bench& bench, int context) {
+  const int at_home = context / 4 * 3 / kSegmentTokens * kSegmentTokens;
+  Problem home(bench, MemoryKind::kPinnedHost, 1, at_home, 1);
+  Problem here(bench, MemoryKind::kDevice, 1, context - at_home, 1);
+  const Buffer ranges = bench.Upload(std::vector<std::int32_t>{0, at_home, context});
+  const Buffer position = bench.Upload(std::vector<std::int32_t>{context - 1});
+  const Buffer states = bench.Allocate(MemoryKind::kDevice, kHeads * (128 + 2) * sizeof(float));
+  const auto* const range = reinterpret_cast<const std::int32_t*>(ranges.get());
+  home.args.pass = AttentionPass::kFirst;
+  here.args.pass = AttentionPass::kLast;
+  home.args.key_begin = range;
+  home.args.key_end = here.args.key_begin = range + 1;
+  here.args.key_end = range + 2;
+  for (AttentionArgs* const args : {&home.args, &here.args}) {
+    args->q = here.q.get();
+    args->first_position = reinterpret_cast<const std::int32_t*>(position.get());
+    args->states = reinterpret_cast<float*>(states.get());
+  }
+  const Measured time = bench.Time([&](int) {
+    bench.kernels().Attention(bench.stream(), home.args);
+    bench.kernels().Attention(bench.stream(), here.args);
+  });
+  const double host_bytes = 1.0 * at_home * kLayout.row_bytes() * kLayout.num_kv_heads;
+  char what[96];
+  std::snprintf(what, sizeof(what), "decode in two passes, %d of %d tokens in host memory", at_home, context);
+  bench.Report({"attention", what, time, host_bytes / time.median_us * 1e-3, "GB/s", bench.pinned_gbps});
+}
+
 void Prefill(Bench& bench, int num_sequences, int context, int num_new) {
   const Problem problem(bench, MemoryKind::kDevice, num_sequences, context, num_new);
   const Measured time = bench.Time([&](int) { bench.kernels().Attention(bench.stream(), problem.args); });
@@ -104,6 +134,8 @@ void RunAttentionBench(Bench& bench) {
   }
   Decode(bench, MemoryKind::kPinnedHost, 1, 32768);
   Decode(bench, MemoryKind::kPinnedHost, 8, 8192);
+  StreamedDecode(bench, 32768);
+  StreamedDecode(bench, 131072);
   Prefill(bench, 16, 1024, 1024);
   Prefill(bench, 4, 4096, 4096);
   Prefill(bench, 1, 16384, 16384);

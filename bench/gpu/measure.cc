@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <iostream>
 #include <random>
 
@@ -91,32 +90,6 @@ Measured Bench::Time(const std::function<void(int)>& work) {
   std::sort(times.begin(), times.end());
   const double median = times[times.size() / 2];
   return {median, (times[times.size() * 9 / 10] - times[times.size() / 10]) / median};
-}
-
-void Bench::Report(Row row) {
-  std::printf("%-10s %-58s %10.1f us +-%3.0f%% %9.2f %-8s", row.section.c_str(), row.what.c_str(), row.time.median_us,
-              row.time.spread * 50, row.value, row.unit.c_str());
-  if (row.limit > 0) std::printf(" %5.1f%% of %.0f", 100 * row.value / row.limit, row.limit);
-  std::printf("\n");
-  std::fflush(stdout);
-  rows_.push_back(std::move(row));
-}
-
-void Bench::WriteJson(const std::string& path, const std::string& commit) const {
-  int driver = 0;
-  Check(cudaDriverGetVersion(&driver), "driver version");
-  std::ofstream file(path);
-  file << "{\"device\": \"" << properties_.name << "\", \"description\": \"" << device_->description()
-       << "\", \"driver_cuda\": " << driver << ", \"commit\": \"" << commit << "\", \"rows\": [";
-  const char* separator = "\n";
-  for (const Row& row : rows_) {
-    file << separator << "  {\"section\": \"" << row.section << "\", \"what\": \"" << row.what
-         << "\", \"median_us\": " << row.time.median_us << ", \"spread\": " << row.time.spread
-         << ", \"value\": " << row.value << ", \"unit\": \"" << row.unit << "\", \"limit\": " << row.limit << "}";
-    separator = ",\n";
-  }
-  file << "\n]}\n";
-  SPILLWAY_CHECK(file.good()) << "cannot write " << path;
 }
 
 }  // namespace spillway::bench

@@ -1,6 +1,6 @@
 #pragma once
 
-// Timing on a GPU and the table and JSON it becomes.
+// Timing on a GPU.
 
 #include <cuda_runtime_api.h>
 
@@ -8,8 +8,10 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "bench/gpu/results.h"
 #include "kernels/cuda/stream.h"
 #include "kernels/device.h"
 #include "kernels/kernels.h"
@@ -18,21 +20,6 @@ namespace spillway::bench {
 
 // Aborts with CUDA's own words.
 void Check(cudaError_t error, const char* what);
-
-struct Measured {
-  double median_us = 0;
-  double spread = 0;  // (90th - 10th percentile) / median
-};
-
-// One line of the results: what was measured, at which sizes, how fast, and against which limit.
-struct Row {
-  std::string section;
-  std::string what;
-  Measured time;
-  double value = 0;
-  std::string unit;
-  double limit = 0;  // in the same unit; 0: none
-};
 
 class Bench {
  public:
@@ -59,10 +46,12 @@ class Bench {
   // Median of repeated runs by CUDA events, after warming up. work(i): run i queues on stream(), for rotating inputs.
   Measured Time(const std::function<void(int)>& work);
 
-  void Report(Row row);
+  void Report(Row row) { results_.Report(std::move(row)); }
   double hbm_gbps = 0;     // bytes read plus written, measured by the copy section
   double pinned_gbps = 0;  // host to device, large spans
-  void WriteJson(const std::string& path, const std::string& commit) const;
+  void WriteJson(const std::string& path, const std::string& commit) const {
+    results_.WriteJson(path, device_->description(), commit);
+  }
 
  private:
   std::unique_ptr<Device> device_;
@@ -70,7 +59,7 @@ class Bench {
   cuda::CudaStream* stream_ = nullptr;
   cudaDeviceProp properties_ = {};
   Buffer noise_;
-  std::vector<Row> rows_;
+  Results results_;
 };
 
 void RunAttentionBench(Bench& bench);

@@ -1,7 +1,15 @@
-"""What torch reaches at the shapes of gpu_bench, in the same run: SDPA by back end, and matmul. Prints a table; JSON to argv[1]."""
+"""What torch and transformers reach at the shapes of gpu_bench and engine_bench, in the same run: SDPA by back end, matmul, and
+generation with an offloaded KV cache.
+
+    peers.py [JSON [MODEL [GPU_BENCH_JSON]]]
+
+Prints a table; JSON to the first argument. MODEL: the folder that engine_bench wrote; without it nothing is generated. With the JSON
+of gpu_bench, its share of torch's speed is printed where the shapes are the same."""
 
 import json
+import re
 import sys
+import time
 
 import torch
 import torch.nn.functional as functional
@@ -22,6 +30,38 @@ def median_us(work, runs=20):
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3)
     return sorted(times)[runs // 2]
+
+
+def generate(folder, report):
+    """Decoding of one sequence by transformers: KV on the device, and offloaded to the host layer by layer."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        print(f"torch      generate: {error}")
+        return
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
+    for context in (1024, 32768):
+        prompt = torch.randint(2, model.config.vocab_size, (1, context), device="cuda")
+        for name, options in (("", {}), (", offloaded cache", {"cache_implementation": "offloaded"})):
+            seconds = {}
+            for count in (1, 33):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)
+                torch.cuda.synchronize()
+                seconds[count] = time.perf_counter() - begin
+            us = (seconds[33] - seconds[1]) / 32 * 1e6
+            report(f"transformers decode, batch 1, context {context}{name}", us, 1e6 / us, "tokens/s")
+
+
+def compare(rows, path):
+    """Our rows of the same shapes, by torch's speed."""
+    ours = {(row["what"], row["unit"]): row["value"] for row in json.load(open(path))["rows"]}
+    for row in rows:
+        name = re.sub(r"^matmul |^sdpa \w+ ", "", row["what"])
+        value = ours.get((name, row["unit"]))
+        if value is not None:
+            print(f"{'share':10} {name + ' of ' + row['what'].split()[0] + ' ' + row['what'].split()[1]:58} {value / row['value']:10.2f}")
 
 
 def main():
@@ -68,6 +108,10 @@ def main():
 
             us = median_us(work)
             report(f"matmul {name}, {m} rows", us, 2 * m * n * k / us * 1e-6, "TFLOP/s")
+    if len(sys.argv) > 2:
+        generate(sys.argv[2], report)
+    if len(sys.argv) > 3:
+        compare(rows, sys.argv[3])
     if len(sys.argv) > 1:
         with open(sys.argv[1], "w") as file:
             json.dump({"torch": torch.__version__, "device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)

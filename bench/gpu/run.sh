@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, checks and times the cuda device on a machine with a GPU, in under ten minutes: the conformance suites, the goldens,
-# compute-sanitizer on a part of them, the benchmark, and torch beside it where python3 has it. Results: a table, and JSON under
-# $OUT or docs/results/.
+# the identity suites of the engine, compute-sanitizer on a part of them, the kernels' and the engine's benchmarks, and torch and
+# transformers beside them where python3 has them. Results: a table, and JSON under $OUT or docs/results/.
 #
 #   bench/gpu/run.sh [quick]      quick: no sanitizer, no torch
 #
@@ -45,7 +45,9 @@ step build cmake --build "$build" -j"$(nproc)" || exit 1
 
 step "conformance" "$build/cuda_conformance_test" --gtest_brief=1
 step "device" "$build/cuda_device_test" --gtest_brief=1
-[ -x "$build/cuda_golden_test" ] && step "goldens" "$build/cuda_golden_test" --gtest_brief=1
+step "goldens" "$build/cuda_golden_test" --gtest_brief=1
+step "identity" timeout 120 "$build/cuda_identity_test" --gtest_brief=1 --gtest_filter='-KvBytes*:*/KvBytes*:PlantedFault*'
+step "tiers" timeout 60 "$build/cuda_tiers_test" --gtest_brief=1 --gtest_filter='-PlantedFault*'
 step "no spills" ctest --test-dir "$build" -R cuda.no_spills --output-on-failure
 if [ "$mode" != quick ] && command -v compute-sanitizer >/dev/null; then
   filter='*CudaGather*:*CudaAttention*:*DegenerateRows*:*RmsNorm*:*RopeAppend*'
@@ -53,9 +55,12 @@ if [ "$mode" != quick ] && command -v compute-sanitizer >/dev/null; then
   step "racecheck" compute-sanitizer --error-exitcode 9 --tool racecheck "$build/cuda_device_test" --gtest_brief=1 --gtest_filter='*CudaAttention*'
   step "racecheck, sampler" timeout 120 compute-sanitizer --error-exitcode 9 --tool racecheck "$build/cuda_conformance_test" --gtest_brief=1 --gtest_filter='*DegenerateRows*'
 fi
-step "benchmark" "$build/gpu_bench" --json "$out/gpu_bench.json" --commit "$commit"
+step "kernels" timeout 150 "$build/gpu_bench" --json "$out/gpu_bench.json" --commit "$commit"
+model=$(mktemp -d)
+trap 'rm -rf "$model"' EXIT
+step "engine" timeout 150 "$build/engine_bench" --folder "$model" --json "$out/engine_bench.json" --commit "$commit"
 if [ "$mode" != quick ] && python3 -c 'import torch' 2>/dev/null; then
-  step "torch" timeout 150 python3 bench/gpu/peers.py "$out/gpu_peers.json"
+  step "torch" timeout 150 python3 bench/gpu/peers.py "$out/gpu_peers.json" "$model" "$out/gpu_bench.json"
 fi
 [ $failed = 0 ] && echo "ALL PASSED" || echo "SOMETHING FAILED"
 exit $failed

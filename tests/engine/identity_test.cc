@@ -20,6 +20,10 @@
 #include "tests/support/engine_harness.h"
 #include "tests/support/shared_data.h"
 
+#ifndef SPILLWAY_IDENTITY_HEAD_DIM
+#define SPILLWAY_IDENTITY_HEAD_DIM 24
+#endif
+
 namespace spillway {
 namespace {
 
@@ -47,7 +51,7 @@ TestModel RandomModel(DType dtype) {
                                                           .inner = 112,
                                                           .heads = 4,
                                                           .kv_heads = 2,
-                                                          .head_dim = 24,
+                                                          .head_dim = SPILLWAY_IDENTITY_HEAD_DIM,
                                                           .vocab = 288,
                                                           .max_positions = 1024,
                                                           .dtype = dtype,

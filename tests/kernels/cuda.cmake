@@ -16,11 +16,15 @@ function(spillway_cuda_test name prefix)
   gtest_discover_tests(${name} TEST_PREFIX ${prefix}. TEST_FILTER ${ARG_FILTER} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 600)
 endfunction()
 
+# What looks at blocks from the host, or plants faults in the cpu device, stays there.
+set(of_engine -*KvBytes*:PlantedFault*)
 if(SPILLWAY_CUDA)
   spillway_cuda_test(cuda_conformance_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_conformance_test.cc)
   spillway_cuda_test(cuda_device_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_device_test.cc)
-  spillway_cuda_test(cuda_golden_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_golden_test.cc
-                     LIBS spillway_engine nlohmann_json::nlohmann_json)
+  foreach(name IN ITEMS golden identity tiers)
+    spillway_cuda_test(cuda_${name}_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc
+                       LIBS spillway_engine nlohmann_json::nlohmann_json FILTER ${of_engine})
+  endforeach()
   get_target_property(kernels_build spillway_kernels BINARY_DIR)
   add_test(NAME cuda.no_spills COMMAND ${CMAKE_COMMAND} -DREPORTS=${kernels_build}/cuda
                                        -P ${CMAKE_CURRENT_LIST_DIR}/cuda_spills.cmake)
@@ -48,7 +52,12 @@ foreach(name IN ITEMS conformance device)
   spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
                      DEFINITIONS SPILLWAY_CUDA_EMULATED FILTER -*Frequencies*)  # 20,000 rows
 endforeach()
-spillway_cuda_test(cuda_emulated_golden_test cuda_emulated
-                   SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_golden_test.cc $<TARGET_OBJECTS:cuda_emulated>
-                   DEFINITIONS SPILLWAY_CUDA_EMULATED LIBS spillway_engine nlohmann_json::nlohmann_json
-                   FILTER *hf_auto)  # one of minutes' worth
+function(spillway_emulated_engine_test name filter)
+  spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated
+                     SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
+                     DEFINITIONS SPILLWAY_CUDA_EMULATED LIBS spillway_engine nlohmann_json::nlohmann_json
+                     FILTER ${filter})
+endfunction()
+# A few of minutes' worth.
+spillway_emulated_engine_test(golden *hf_auto)
+spillway_emulated_engine_test(tiers *pool12_chunk16_host400)
