@@ -69,6 +69,7 @@ class ThreadedEngine : public Engine {
   std::atomic<std::int32_t> num_running_{0};
   std::atomic<std::int64_t> num_held_{0};
   std::atomic<std::int64_t> num_cold_{0};
+  std::atomic<std::int64_t> num_evicted_{0};
   mutable std::mutex failure_mutex_;  // guards failure_
   std::string failure_;
   std::thread thread_;
@@ -176,10 +177,13 @@ EngineStatus ThreadedEngine::status() const {
   status.restored_blocks = restores.blocks;
   status.restored_bytes = restores.bytes;
   status.restore_seconds = restores.seconds;
+  status.restore_copies = restores.by_copy_size;
   const TransferStats stores = store_->transfer_stats(Transfer::Kind::kStore);
   status.stored_blocks = stores.blocks;
   status.stored_bytes = stores.bytes;
   status.store_seconds = stores.seconds;
+  status.store_copies = stores.by_copy_size;
+  status.evicted_blocks = num_evicted_.load(std::memory_order_relaxed);
   {
     const std::lock_guard lock(failure_mutex_);
     status.failure = failure_;
@@ -351,6 +355,7 @@ void ThreadedEngine::PublishStatus() {
   num_running_.store(scheduler_->num_running(), std::memory_order_relaxed);
   num_held_.store(store_->num_held(), std::memory_order_relaxed);
   num_cold_.store(store_->num_cold(), std::memory_order_relaxed);
+  num_evicted_.store(store_->num_evicted(), std::memory_order_relaxed);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "engine/request.h"
 #include "engine/scheduling_policy.h"
 #include "kernels/device.h"
+#include "kvstore/copy_stats.h"
 
 namespace spillway {
 
@@ -92,8 +93,11 @@ struct EngineStatus {
   std::int64_t stored_blocks = 0;  // from the device to the host tier
   std::int64_t stored_bytes = 0;
   double store_seconds = 0;
-  bool is_alive = true;  // false: stopped, failed or stalled beyond stall_timeout
-  std::string failure;   // why, where it is not
+  CopySizes restore_copies{};  // the same, by the size of a copy
+  CopySizes store_copies{};
+  std::int64_t evicted_blocks = 0;  // forgotten by the device tier for others, since start
+  bool is_alive = true;             // false: stopped, failed or stalled beyond stall_timeout
+  std::string failure;              // why, where it is not
 };
 
 class Engine {

@@ -125,6 +125,10 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
   sequence.num_claimed = 0;
   for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
   sequence.restoring.clear();
+  if (!sequence.blocks.empty()) {
+    store_.MarkUsed(std::span<const BlockKey>(sequence.keys).first(static_cast<std::size_t>(sequence.num_published)),
+                    sequence.tokens);
+  }
   KvStore::Release(sequence.blocks);
   if (!sequence.was_scheduled) sequence.num_cached_below = 0;
   sequence.num_computed = 0;

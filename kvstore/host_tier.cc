@@ -47,7 +47,7 @@ class DramTier : public HostTier {
     if (cause == WriteCause::kPublished && options_.store_threshold > 1) {
       if (sightings_.size() >= kMaxSightings) sightings_.clear();
       if (++sightings_[key] < options_.store_threshold) {
-        ++stats_.declined;
+        ++stats_.skipped;
         return std::nullopt;
       }
     }
@@ -142,6 +142,7 @@ class DramTier : public HostTier {
     stats.in_flight = pool_.num_held();
     stats.resident_blocks = static_cast<std::int64_t>(index_.size());
     stats.resident_bytes = stats.resident_blocks * static_cast<std::int64_t>(options_.block_bytes);
+    stats.capacity_blocks = options_.num_blocks;
     stats.capacity_bytes =
         static_cast<std::int64_t>(options_.num_blocks) * static_cast<std::int64_t>(options_.block_bytes);
     stats.bookkeeping_bytes = static_cast<std::int64_t>(

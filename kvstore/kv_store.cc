@@ -1,6 +1,7 @@
 #include "kvstore/kv_store.h"
 
 #include <algorithm>
+#include <ranges>
 #include <utility>
 
 #include "kernels/check.h"
@@ -44,9 +45,26 @@ std::vector<BlockRef> KvStore::Match(std::span<const BlockKey> keys, std::span<c
     const std::optional<BlockId> block = index_.Find(keys[i], of_block);
     if (!block) break;
     matched.push_back(pool_.Share(*block));
-    if (!host_.Touch(keys[i], of_block)) WriteThrough(*block, keys[i], of_block);
+  }
+  std::vector<std::size_t> not_below;
+  MarkUsed(keys.first(matched.size()), tokens, &not_below);
+  for (const std::size_t i : not_below | std::views::reverse) {
+    WriteThrough(matched[i].id(), keys[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
   }
   return matched;
+}
+
+void KvStore::MarkUsed(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) {
+  MarkUsed(keys, tokens, nullptr);
+}
+
+// From the tail, so that the head is the most recent. Lists those that lower tiers lack, from the tail too.
+void KvStore::MarkUsed(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens,
+                       std::vector<std::size_t>* not_below) {
+  for (std::size_t i = keys.size(); i-- > 0;) {
+    const bool is_below = host_.Touch(keys[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
+    if (!is_below && not_below != nullptr) not_below->push_back(i);
+  }
 }
 
 std::size_t KvStore::CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) const {
@@ -67,6 +85,7 @@ std::optional<BlockRef> KvStore::Take() {
   const std::optional<BlockId> coldest = pool_.OldestCold();
   if (!coldest) return std::nullopt;
   Evict(*coldest);
+  ++num_evicted_;
   return pool_.Take();
 }
 

@@ -68,6 +68,10 @@ class KvStore {
   // this one then stays private to its holders.
   void Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens);
 
+  // Whoever used these blocks lets them go: the copies below are as recent as the device's, and a prefix's tail is
+  // evicted before its head there too.
+  void MarkUsed(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens);
+
   // A block for `key` and the state of its restore; when that is ready the block is published, when it has failed the
   // block's content means nothing. nullopt: no block could be taken.
   struct Restored {
@@ -95,6 +99,7 @@ class KvStore {
   std::uint32_t num_available() const { return pool_.num_free() + pool_.num_cold(); }  // what Take could give
   std::uint32_t num_held() const { return pool_.num_held(); }
   std::uint32_t num_cold() const { return pool_.num_cold(); }
+  std::int64_t num_evicted() const { return num_evicted_; }  // blocks that Take has forgotten, since start
   HostTier& host() const { return host_; }
   TransferStats transfer_stats(Transfer::Kind kind) const { return transfers_->stats(kind); }  // any thread
 
@@ -104,6 +109,8 @@ class KvStore {
   KvStore(Buffer slab, HostTier& host, const KvStoreOptions& options);
   void WriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens);
   void FeedWriteThrough();
+  void MarkUsed(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens,
+                std::vector<std::size_t>* not_below);
   void Evict(BlockId block);
   std::byte* BytesOf(BlockId block) const;
 
@@ -125,6 +132,7 @@ class KvStore {
   std::deque<Unstored> unstored_;
   absl::flat_hash_set<BlockKey> storing_keys_;  // of unstored_ and of stores under way
   std::uint32_t num_storing_ = 0;
+  std::int64_t num_evicted_ = 0;
   absl::flat_hash_map<BlockKey, std::shared_ptr<Restoring>> restoring_;
   absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
   std::unique_ptr<TransferEngine> transfers_;  // last: its records release into the pool

@@ -19,7 +19,8 @@ namespace spillway {
 struct TierStats {
   std::int64_t hits = 0;      // blocks read and found sound
   std::int64_t misses = 0;    // blocks asked for and not there
-  std::int64_t declined = 0;  // blocks that were offered and not taken
+  std::int64_t declined = 0;  // blocks that were offered and found no room
+  std::int64_t skipped = 0;   // blocks that were offered and not seen often enough
   std::int64_t evictions = 0;
   std::int64_t checksum_failures = 0;
   std::int64_t failures = 0;  // I/O errors
@@ -30,6 +31,7 @@ struct TierStats {
   std::int64_t in_flight = 0;  // operations
   std::int64_t resident_blocks = 0;
   std::int64_t resident_bytes = 0;
+  std::int64_t capacity_blocks = 0;
   std::int64_t capacity_bytes = 0;
   std::int64_t bookkeeping_bytes = 0;  // memory beside the blocks' own bytes
 };

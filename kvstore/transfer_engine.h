@@ -27,6 +27,7 @@
 #include "kernels/kv_layout.h"
 #include "kvstore/block_key.h"
 #include "kvstore/block_pool.h"
+#include "kvstore/copy_stats.h"
 #include "kvstore/host_tier.h"
 #include "kvstore/prefix_index.h"
 
@@ -46,17 +47,6 @@ struct Transfer {
   absl::Status status;  // once completed
 };
 
-// Sums since start of the copies of one size.
-struct CopyStats {
-  std::int64_t copies = 0;
-  std::int64_t blocks = 0;
-  std::int64_t bytes = 0;
-  double seconds = 0;  // in which at least one batch of them was under way
-};
-
-// Copy sizes are told apart by powers of two: [2^i, 2^(i+1)) bytes. The size of a batch's copies is their mean.
-inline constexpr std::size_t kNumCopySizes = 40;
-
 // Sums since start, by kind.
 struct TransferStats {
   std::int64_t blocks = 0;
@@ -64,7 +54,7 @@ struct TransferStats {
   std::int64_t failures = 0;
   std::int64_t queued = 0;  // now
   double seconds = 0;       // in which at least one was under way
-  std::array<CopyStats, kNumCopySizes> by_copy_size{};
+  CopySizes by_copy_size{};
 };
 
 // Makes a copy cost latency + bytes / bandwidth, as on a bus, where the device's link is only a memcpy (the cpu

@@ -196,13 +196,28 @@ struct TierCase {
   std::int64_t pool;
   std::int32_t chunk;
   std::uint32_t host;  // blocks; 0: no tiers
+  bool has_file = false;
 };
+
+std::unique_ptr<Tier> MakeFile(const std::string& directory) {
+  FileTierOptions options;
+  options.directory = directory;
+  options.budget_bytes = 64LL << 20;
+  options.block_bytes = static_cast<std::size_t>(Rig::BlockBytes(Folder()));
+  options.space = "tiers_test";
+  absl::StatusOr<std::unique_ptr<Tier>> tier = MakeFileTier(options);
+  SPILLWAY_CHECK(tier.ok()) << tier.status();
+  return *std::move(tier);
+}
 
 class Tiers : public ::testing::TestWithParam<TierCase> {};
 
 TEST_P(Tiers, EveryStepIsBitIdentical) {
-  const auto [pool, chunk, host] = GetParam();
-  Rig rig = Rig::Make(Folder(), Pool(pool, chunk), {}, DTypeChoice::kAuto, nullptr, host > 0 ? HostOf(host) : nullptr);
+  const auto [pool, chunk, host, has_file] = GetParam();
+  const TempFolder folder;
+  const std::unique_ptr<Tier> file = has_file ? MakeFile(folder.path() + "/kv") : nullptr;
+  Rig rig = Rig::Make(Folder(), Pool(pool, chunk), {}, DTypeChoice::kAuto, nullptr,
+                      host > 0 ? HostOf(host, {.lower = file.get()}) : nullptr);
   ExpectIdentical(RunRounds(rig));
   const bool must_restore = pool <= 12 && host >= 200;
   if (must_restore) {
@@ -212,6 +227,7 @@ TEST_P(Tiers, EveryStepIsBitIdentical) {
   }
   rig.engine.reset();  // CHECKs that every block came home
   if (!rig.host) return;
+  while (has_file && rig.host->stats().in_flight > 0) std::this_thread::yield();  // files are still written
   rig.host->CheckInvariants();
   const TierStats stats = rig.host->stats();
   EXPECT_EQ(stats.in_flight, 0) << "a host slot is still pinned";
@@ -224,6 +240,7 @@ std::vector<TierCase> Cases() {
   for (const std::int64_t pool : {6, 12, 500}) {
     for (const std::int32_t chunk : {1, 16, 64, 512}) {
       for (const std::uint32_t host : {0U, 5U, 400U}) cases.push_back({pool, chunk, host});
+      cases.push_back({pool, chunk, 7, /*has_file=*/true});
     }
   }
   return cases;
@@ -231,7 +248,7 @@ std::vector<TierCase> Cases() {
 
 INSTANTIATE_TEST_SUITE_P(Engine, Tiers, ::testing::ValuesIn(Cases()), [](const auto& test) {
   return "pool" + std::to_string(test.param.pool) + "_chunk" + std::to_string(test.param.chunk) + "_host" +
-         std::to_string(test.param.host);
+         std::to_string(test.param.host) + (test.param.has_file ? "_file" : "");
 });
 
 // Cached copies that are lost, corrupted, or come late. Wraps the real tier through the interface that production uses.
@@ -346,17 +363,6 @@ TEST(HostTier, TwoEnginesShareOneTier) {
   EXPECT_EQ(second.RunOne(request).num_cached, 48);
   second.engine.reset();
   EXPECT_EQ(host->stats().in_flight, 0);
-}
-
-std::unique_ptr<Tier> MakeFile(const std::string& directory) {
-  FileTierOptions options;
-  options.directory = directory;
-  options.budget_bytes = 64LL << 20;
-  options.block_bytes = static_cast<std::size_t>(Rig::BlockBytes(Folder()));
-  options.space = "tiers_test";
-  absl::StatusOr<std::unique_ptr<Tier>> tier = MakeFileTier(options);
-  SPILLWAY_CHECK(tier.ok()) << tier.status();
-  return *std::move(tier);
 }
 
 // A host tier of 8 blocks over a file tier: most restores come from files, the second time those of the first process.

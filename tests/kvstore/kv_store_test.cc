@@ -1,10 +1,6 @@
 #include "kvstore/kv_store.h"
 
-#include <algorithm>
-#include <map>
 #include <memory>
-#include <random>
-#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -111,61 +107,30 @@ TEST_F(KvStoreTest, EvictColdForgetsOnlyWhatNobodyHolds) {
   EXPECT_EQ(store.Match(keys, tokens).size(), 1U);
 }
 
-// Random operations beside a model made of maps: what Match finds must have been published with those tokens and not
-// been evicted; a block never has two owners that both write it.
-TEST_F(KvStoreTest, AgreesWithAModelOverRandomOperations) {
-  const std::uint64_t seed = std::random_device{}();
-  SCOPED_TRACE(seed);
-  std::mt19937_64 random(seed);
-  constexpr std::uint32_t kBlocks = 24;
-  constexpr int kPrefixes = 6;
-  const std::unique_ptr<KvStore> owned = MakeStore(kBlocks);
+TEST_F(KvStoreTest, TheHostTierEvictsAPrefixFromItsTail) {
+  constexpr std::uint32_t kHostBlocks = 6;
+  const std::size_t block_bytes = kTinyLayout.block_bytes();
+  host_ = MakeHostTier(*device_->Allocate(MemoryKind::kPinnedHost, kHostBlocks * block_bytes),
+                       {.block_bytes = block_bytes, .num_blocks = kHostBlocks});
+  const std::unique_ptr<KvStore> owned = MakeStore(12);
   KvStore& store = *owned;
-  struct Prefix {
-    std::vector<std::int32_t> tokens;
-    std::vector<BlockKey> keys;
+  const auto settle = [&] {
+    while (store.has_transfers()) store.Collect();
   };
-  std::vector<Prefix> prefixes(kPrefixes);
-  for (int i = 0; i < kPrefixes; ++i)
-    Name(i % 3, 2 + i, prefixes[static_cast<std::size_t>(i)].tokens, prefixes[static_cast<std::size_t>(i)].keys);
-  std::map<BlockId, std::pair<int, std::size_t>> content;  // what was last published in a block: seed and index
-  std::vector<std::vector<BlockRef>> holders;
-  for (int step = 0; step < 20'000; ++step) {
-    const auto kind = random() % 10;
-    if (kind < 4) {
-      const int which = static_cast<int>(random() % kPrefixes);
-      const Prefix& prefix = prefixes[static_cast<std::size_t>(which)];
-      std::vector<BlockRef> blocks = store.Match(prefix.keys, prefix.tokens);
-      for (std::size_t i = 0; i < blocks.size(); ++i) {
-        ASSERT_TRUE(content.contains(blocks[i].id()));
-        EXPECT_EQ(content[blocks[i].id()], (std::pair{which % 3, i}));
-      }
-      while (blocks.size() < prefix.keys.size()) {
-        std::optional<BlockRef> taken = store.Take();
-        if (!taken) break;
-        for (const auto& held : holders) {
-          for (const BlockRef& other : held) ASSERT_NE(other.id(), taken->id()) << "taken while held";
-        }
-        for (const BlockRef& mine : blocks) ASSERT_NE(mine.id(), taken->id());
-        const std::size_t i = blocks.size();
-        const auto tokens = std::span<const std::int32_t>(prefix.tokens).subspan(i * kBlockTokens, kBlockTokens);
-        store.Publish(*taken, prefix.keys[i], tokens);
-        content[taken->id()] = {which % 3, i};
-        blocks.push_back(*std::move(taken));
-      }
-      holders.push_back(std::move(blocks));
-    } else if (kind < 9 && !holders.empty()) {
-      const std::size_t which = random() % holders.size();
-      KvStore::Release(holders[which]);
-      holders.erase(holders.begin() + static_cast<std::ptrdiff_t>(which));
-    } else if (random() % 20 == 0) {
-      store.EvictCold();
-      EXPECT_EQ(store.num_cold(), 0U);
-    }
-    store.CheckInvariants();
-    ASSERT_EQ(store.num_available() + store.num_held(), kBlocks);
-  }
-  for (auto& held : holders) KvStore::Release(held);
+  std::vector<std::int32_t> tokens, other_tokens;
+  std::vector<BlockKey> keys, other_keys;
+  Name(1, 5, tokens, keys);
+  Name(2, 3, other_tokens, other_keys);
+  std::vector<BlockRef> blocks = TakeAndPublish(store, tokens, keys);
+  settle();
+  ASSERT_EQ(store.CountBelow(keys, tokens), 5U);
+  store.MarkUsed(keys, tokens);
+  KvStore::Release(blocks);
+  blocks = TakeAndPublish(store, other_tokens, other_keys);  // needs two slots of the first
+  settle();
+  EXPECT_EQ(store.CountBelow(other_keys, other_tokens), 3U);
+  EXPECT_EQ(store.CountBelow(keys, tokens), 3U) << "the head stays, so that what is left can be found";
+  KvStore::Release(blocks);
 }
 
 }  // namespace
