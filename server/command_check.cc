@@ -1,12 +1,17 @@
 #include <fmt/format.h>
+#include <stdlib.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <filesystem>
 #include <string_view>
 
+#include "absl/cleanup/cleanup.h"
 #include "engine/model.h"
 #include "kernels/status_macros.h"
+#include "kvstore/file_tier.h"
+#include "kvstore/tier_check.h"
 #include "server/await_generation.h"
 #include "server/commands.h"
 #include "server/engine_host.h"
@@ -18,6 +23,7 @@ namespace spillway {
 namespace {
 
 constexpr std::int64_t kGenerated = 24;
+constexpr int kCheckedBlocks = 16;
 
 absl::Status CheckRoundTrip(const Tokenizer& tokenizer) {
   constexpr std::array<std::string_view, 5> kTexts = {
@@ -75,6 +81,43 @@ absl::Status CheckPrefixCache(const EngineHost& host) {
                                          with.finish.num_cached_tokens, with.text, without.text));
 }
 
+// Blocks through the host tier that was asked for.
+absl::StatusOr<std::string> CheckHostTier(const EngineHost& host) {
+  const TierStats stats = host.host_tier->stats();
+  if (stats.capacity_blocks == 0) return std::string("off");
+  const KvLayout layout = host.engine->model().kv_layout();
+  const int count = static_cast<int>(std::min<std::int64_t>(stats.capacity_blocks, kCheckedBlocks));
+  ASSIGN_OR_RETURN(const TierCheck check, CheckTiers(*host.devices.front(), *host.host_tier, layout, count));
+  return fmt::format("{} blocks of {} stored, evicted, loaded and equal, in {:.2f} ms", check.host_blocks,
+                     ShowSize(static_cast<std::int64_t>(layout.block_bytes())), 1e3 * check.seconds);
+}
+
+// Blocks through a file tier in a folder of its own, which goes afterwards.
+absl::StatusOr<std::string> CheckFileTier(const EngineHost& host) {
+  const KvLayout layout = host.engine->model().kv_layout();
+  const std::size_t block_bytes = layout.block_bytes();
+  std::string folder = (std::filesystem::temp_directory_path() / "spillway-check-XXXXXX").string();
+  if (::mkdtemp(folder.data()) == nullptr) {
+    return absl::UnavailableError(fmt::format("cannot make a folder like {}", folder));
+  }
+  const absl::Cleanup remove = [&folder] {
+    std::error_code ignored;
+    std::filesystem::remove_all(folder, ignored);
+  };
+  FileTierOptions options;
+  options.directory = folder;
+  options.block_bytes = block_bytes;
+  options.budget_bytes = static_cast<std::int64_t>(4 * kCheckedBlocks * block_bytes) + (std::int64_t{4} << 20);
+  options.space = "check";
+  ASSIGN_OR_RETURN(const std::unique_ptr<Tier> file, MakeFileTier(options));
+  ASSIGN_OR_RETURN(Buffer slab, host.devices.front()->Allocate(MemoryKind::kPinnedHost, kCheckedBlocks * block_bytes));
+  const std::unique_ptr<HostTier> above =
+      MakeHostTier(std::move(slab), {.block_bytes = block_bytes, .num_blocks = kCheckedBlocks, .lower = file.get()});
+  ASSIGN_OR_RETURN(const TierCheck check, CheckTiers(*host.devices.front(), *above, layout, kCheckedBlocks));
+  return fmt::format("{} blocks written to {} and back, equal, in {:.2f} ms", check.lower_blocks,
+                     std::filesystem::temp_directory_path().string(), 1e3 * check.seconds);
+}
+
 bool Show(std::string_view name, const absl::Status& status, std::string_view note) {
   if (status.ok()) {
     fmt::print("ok      {:<14} {}\n", name, note);
@@ -96,11 +139,15 @@ int CheckCommand(const Options& options, const Environment& environment) {
                                   ShowSize(static_cast<std::int64_t>(model.weight_bytes()))));
   is_good &=
       Show("device", absl::OkStatus(),
-           fmt::format("{}; KV cache of {} tokens", host->device->description(), host->engine->capacity_tokens()));
+           fmt::format("{}; KV cache of {} tokens", host->device().description(), host->engine->capacity_tokens()));
   is_good &= Show("tokenizer", CheckRoundTrip(*host->tokenizer), "texts come back as they were");
   is_good &= Show("generation", CheckRepeats(*host), "two greedy runs are equal");
   if (options.cache.enable_prefix_caching) {
     is_good &= Show("prefix cache", CheckPrefixCache(*host), "equal output with and without it");
+  }
+  for (const auto& [name, check] : {std::pair("host tier", &CheckHostTier), std::pair("file tier", &CheckFileTier)}) {
+    const auto report = check(*host);
+    is_good &= Show(name, report.status(), report.ok() ? *report : "");
   }
   return is_good ? 0 : kExitFailed;
 }

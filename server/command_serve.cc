@@ -26,6 +26,8 @@ FrontendOptions FrontendOptionsOf(const Options& options, std::int64_t port) {
   frontend.port = static_cast<std::uint16_t>(port);
   frontend.api_keys = options.listen.api_keys;
   frontend.admin_api_key = options.listen.admin_api_key;
+  frontend.data_parallel_size = static_cast<int>(options.device.data_parallel_size);
+  frontend.configuration = ResolvedConfiguration(Command::kServe, options);
   frontend.max_body_bytes = static_cast<std::size_t>(options.limit.max_body_bytes);
   frontend.max_header_bytes = static_cast<std::size_t>(options.limit.max_header_bytes);
   frontend.header_timeout = absl::Seconds(options.limit.header_timeout);
@@ -38,12 +40,14 @@ FrontendOptions FrontendOptionsOf(const Options& options, std::int64_t port) {
 
 struct Frontends {
   std::unique_ptr<Frontend> http;
-  std::unique_ptr<Frontend> grpc;  // null: off
+  std::unique_ptr<Frontend> grpc;   // null: off
+  std::unique_ptr<Frontend> admin;  // likewise
 
   void Stop(absl::Time deadline) const {
     std::thread other;
     if (grpc) other = std::thread([&] { grpc->Stop(deadline); });
     http->Stop(deadline);
+    if (admin) admin->Stop(deadline);
     if (grpc) other.join();
   }
 };
@@ -59,6 +63,13 @@ absl::StatusOr<Frontends> MakeFrontends(const Options& options, EngineHost& host
     if (!grpc.ok()) return grpc.status();
     frontends.grpc = *std::move(grpc);
   }
+  if (options.listen.admin_port >= 0) {
+    FrontendOptions admin_options = FrontendOptionsOf(options, options.listen.admin_port);
+    admin_options.is_admin_port = true;
+    auto admin = MakeHttpFrontend(*host.service, *host.chat_template, *host.metrics, admin_options);
+    if (!admin.ok()) return admin.status();
+    frontends.admin = *std::move(admin);
+  }
   return frontends;
 }
 
@@ -71,15 +82,24 @@ void LogReady(const Options& options, const EngineHost& host, const Frontends& f
   const Engine& engine = *host.engine;
   LogFields fields = {{"http", "http://" + Address(options.listen.host, frontends.http->port())}};
   if (frontends.grpc) fields.emplace_back("grpc", Address(options.listen.host, frontends.grpc->port()));
+  if (frontends.admin) {
+    fields.emplace_back("admin", "http://" + Address(options.listen.host, frontends.admin->port()));
+  }
   fields.emplace_back("model", host.service->options().model_names.front());
-  fields.emplace_back("device", host.device->description());
+  fields.emplace_back("device", host.device().description());
   fields.emplace_back("max_model_len", fmt::format("{}", engine.options().max_model_len));
   fields.emplace_back("kv_cache", ShowSize(engine.options().kv_cache_bytes));
   fields.emplace_back("capacity_tokens", fmt::format("{}", engine.capacity_tokens()));
+  if (host.devices.size() > 1) fields.emplace_back("engines", fmt::format("{}", host.devices.size()));
   const TierStats tier = engine.options().host_tier->stats();
   const auto block_bytes = static_cast<std::int64_t>(engine.model().kv_layout().block_bytes());
   fields.emplace_back("host_tier", ShowSize(tier.capacity_bytes));
   fields.emplace_back("host_tier_tokens", fmt::format("{}", tier.capacity_bytes / block_bytes * kBlockTokens));
+  if (host.file_tier) {
+    const std::int64_t bytes = host.file_tier->stats().capacity_bytes;
+    fields.emplace_back("file_tier", ShowSize(bytes));
+    fields.emplace_back("file_tier_tokens", fmt::format("{}", bytes / block_bytes * kBlockTokens));
+  }
   fields.emplace_back("seconds", fmt::format("{:.3f}", absl::ToDoubleSeconds(absl::Now() - begin)));
   Log(LogLevel::kInfo, "ready", fields);
 }

@@ -1,15 +1,18 @@
 #include "server/engine_host.h"
 
 #include <fmt/format.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "engine/engine_group.h"
 #include "engine/model.h"
 #include "engine/model_digest.h"
 #include "kernels/status_macros.h"
 #include "kvstore/file_tier.h"
+#include "kvstore/tier_check.h"
 #include "server/log.h"
 #include "server/machine_memory.h"
 #include "server/model_path.h"
@@ -42,9 +45,17 @@ class ModelWithoutDefaults : public Model {
   GenerationDefaults defaults_;
 };
 
-absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const DeviceChoice& choice) {
+int CoresOfThisProcess() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? std::max(1, CPU_COUNT(&cores)) : 1;
+}
+
+// The device of one of `count` engines: GPUs by number, or a share of the cores.
+absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const DeviceChoice& choice, int engine, int count) {
   if (choice.device == "cuda") {
     CudaDeviceOptions options;
+    options.index = engine;
     if (choice.gpu_memory_utilization > 0) options.gpu_memory_utilization = choice.gpu_memory_utilization;
     options.batch_invariant = choice.batch_invariant;
     options.enforce_eager = choice.enforce_eager;
@@ -57,7 +68,8 @@ absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const DeviceChoice& choice) {
         "--gpu-memory-utilization: the cpu device has no GPU memory; its KV cache is sized by --kv-cache-memory-bytes");
   }
   CpuDeviceOptions options;
-  options.num_workers = static_cast<int>(choice.threads);
+  const int threads = choice.threads > 0 ? static_cast<int>(choice.threads) : CoresOfThisProcess();
+  options.num_workers = std::max(1, threads / count + (engine < threads % count ? 1 : 0));
   options.target = choice.cpu_target;
   options.gemm = choice.cpu_gemm;
   return MakeCpuDevice(options);
@@ -105,7 +117,7 @@ absl::StatusOr<std::unique_ptr<Tier>> MakeFile(const CacheChoice& choice, const 
   return MakeFileTier(options);
 }
 
-// A tier of less than one block is none.
+// A tier of less than one block is none. `weight_bytes` and `device_bytes`: of all engines.
 absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
                                                    std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
                                                    const KvLayout& layout, Tier* lower) {
@@ -113,13 +125,7 @@ absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, co
   const std::int64_t bytes = is_default ? DefaultHostTierBytes(memory, weight_bytes) : choice.kv_offloading_size;
   const auto num_blocks = static_cast<std::uint64_t>(bytes) / layout.block_bytes();
   if (num_blocks == 0) return MakeNullHostTier();
-  std::int64_t room = memory.available_bytes;
-  if (memory.cgroup_limit_bytes) room = std::min(room, *memory.cgroup_limit_bytes - weight_bytes);
-  if (bytes > room) {
-    return absl::InvalidArgumentError(
-        fmt::format("--kv-offloading-size: {} do not fit the {} of memory that this process may still take",
-                    ShowSize(bytes), ShowSize(std::max<std::int64_t>(room, 0))));
-  }
+  RETURN_IF_ERROR(CheckRoom(bytes, memory, weight_bytes, device_bytes));
   if (bytes <= device_bytes) {
     Log(LogLevel::kWarning, "the host tier is not larger than the device's KV cache, so it can only mirror it",
         {{"host_tier", ShowSize(bytes)}, {"kv_cache", ShowSize(device_bytes)}});
@@ -134,6 +140,22 @@ absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, co
 }
 
 }  // namespace
+
+absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, std::int64_t weight_bytes,
+                       std::int64_t device_bytes) {
+  // The weights are in memory already, the device's KV cache is not: its pages come with use.
+  std::int64_t room = memory.available_bytes - device_bytes;
+  std::string limit = fmt::format("{} of memory are available", ShowSize(memory.available_bytes));
+  if (memory.cgroup_limit_bytes && *memory.cgroup_limit_bytes - weight_bytes - device_bytes < room) {
+    room = *memory.cgroup_limit_bytes - weight_bytes - device_bytes;
+    limit = fmt::format("the cgroup's limit is {}, the weights take {}", ShowSize(*memory.cgroup_limit_bytes),
+                        ShowSize(weight_bytes));
+  }
+  if (host_bytes <= room) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      fmt::format("--kv-offloading-size: {} do not fit: {}, the KV cache takes {}, which leaves {}",
+                  ShowSize(host_bytes), limit, ShowSize(device_bytes), ShowSize(std::max<std::int64_t>(room, 0))));
+}
 
 absl::StatusOr<Capacity> PlanCapacity(const CapacityRequest& request) {
   Capacity capacity;
@@ -159,37 +181,9 @@ absl::StatusOr<Capacity> PlanCapacity(const CapacityRequest& request) {
   return capacity;
 }
 
-absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environment& environment) {
-  EngineHost host;
-  ASSIGN_OR_RETURN(host.device, MakeDevice(options.device));
-  ASSIGN_OR_RETURN(host.folder, ResolveModel(options.model.model, environment));
-  ASSIGN_OR_RETURN(host.tokenizer, Tokenizer::Load(host.folder));
-  host.chat_template = MakeChatTemplate(*host.tokenizer);
-  ASSIGN_OR_RETURN(std::unique_ptr<Model> model, LoadModel(options, host.folder, *host.device));
+namespace {
 
-  const auto weight_bytes = static_cast<std::int64_t>(model->weight_bytes());
-  const MachineMemory memory = ReadMachineMemory();
-  // A GPU's own memory bounds the default there; a quarter of what the weights left is kept for activations.
-  const std::int64_t default_bytes = options.device.device == "cuda"
-                                         ? static_cast<std::int64_t>(host.device->free_bytes() / 4 * 3)
-                                         : DefaultKvCacheBytes(memory, weight_bytes);
-  ASSIGN_OR_RETURN(const Capacity capacity,
-                   PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
-                                 .max_model_len = options.model.max_model_len,
-                                 .default_kv_cache_bytes = default_bytes,
-                                 .block_bytes = static_cast<std::int64_t>(model->kv_layout().block_bytes()),
-                                 .max_positions = model->config().max_positions}));
-  if (options.model.max_model_len == 0 && capacity.max_model_len < model->config().max_positions) {
-    Log(LogLevel::kWarning, "the KV cache is smaller than the model's context; sequences are limited to it",
-        {{"max_model_len", fmt::format("{}", capacity.max_model_len)},
-         {"positions", fmt::format("{}", model->config().max_positions)}});
-  }
-
-  ServiceOptions service;
-  service.model_names = options.model.served_names;
-  if (service.model_names.empty()) service.model_names = {options.model.model};
-  host.metrics = Metrics::Make(service.model_names.front(), static_cast<int>(capacity.max_model_len));
-
+EngineOptions EngineOptionsOf(const Options& options, const Capacity& capacity) {
   EngineOptions engine;
   engine.kv_cache_bytes = capacity.kv_cache_bytes;
   engine.max_model_len = static_cast<std::int32_t>(capacity.max_model_len);
@@ -201,15 +195,91 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;
   engine.prefix_hash_seed = options.cache.prefix_hash_seed;
   engine.stall_timeout = absl::Seconds(options.life.engine_stall_timeout);
-  ASSIGN_OR_RETURN(host.file_tier, MakeFile(options.cache, host.folder, *host.device, model->kv_layout()));
-  ASSIGN_OR_RETURN(host.host_tier, MakeHost(options.cache, memory, weight_bytes, capacity.kv_cache_bytes, *host.device,
-                                            model->kv_layout(), host.file_tier.get()));
-  engine.host_tier = host.host_tier.get();
   engine.link_bytes_per_second = static_cast<double>(options.cache.cpu_link_bandwidth);
   engine.link_latency_seconds = options.cache.cpu_link_latency;
   engine.max_transfer_bytes_per_second = static_cast<double>(options.cache.kv_offloading_bandwidth);
-  ASSIGN_OR_RETURN(host.engine, Engine::Make(*host.device, std::move(model), engine, host.metrics.get()));
-  host.metrics->Attach(*host.engine);
+  return engine;
+}
+
+// One block through the tiers, before anything depends on them.
+absl::Status CheckTiersAtStart(Device& device, HostTier& host, const KvLayout& layout) {
+  if (host.stats().capacity_blocks == 0) return absl::OkStatus();
+  const auto check = CheckTiers(device, host, layout, 1);
+  if (!check.ok()) {
+    return absl::Status(check.status().code(), fmt::format("the tiers do not give back what was stored: {}",
+                                                           std::string(check.status().message())));
+  }
+  Log(LogLevel::kInfo, "tiers checked",
+      {{"host_blocks", fmt::format("{}", check->host_blocks)},
+       {"file_blocks", fmt::format("{}", check->lower_blocks)},
+       {"milliseconds", fmt::format("{:.2f}", 1e3 * check->seconds)}});
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environment& environment) {
+  EngineHost host;
+  const auto num_engines = static_cast<int>(options.device.data_parallel_size);
+  for (int i = 0; i < num_engines; ++i) {
+    ASSIGN_OR_RETURN(std::unique_ptr<Device> device, MakeDevice(options.device, i, num_engines));
+    host.devices.push_back(std::move(device));
+    if (host.devices[static_cast<std::size_t>(i)]->description() != host.device().description()) {
+      return absl::InvalidArgumentError(
+          fmt::format("--data-parallel-size: engines share cached blocks, so their devices must compute alike; {} is "
+                      "'{}', the first is '{}'",
+                      i, host.devices.back()->description(), host.device().description()));
+    }
+  }
+  ASSIGN_OR_RETURN(host.folder, ResolveModel(options.model.model, environment));
+  ASSIGN_OR_RETURN(host.tokenizer, Tokenizer::Load(host.folder));
+  host.chat_template = MakeChatTemplate(*host.tokenizer);
+  std::vector<std::unique_ptr<Model>> models;  // every engine packs its own weights
+  for (const auto& device : host.devices) {
+    ASSIGN_OR_RETURN(std::unique_ptr<Model> loaded, LoadModel(options, host.folder, *device));
+    models.push_back(std::move(loaded));
+  }
+  const Model* const model = models.front().get();
+  const KvLayout layout = model->kv_layout();
+  const std::int64_t weight_bytes = num_engines * static_cast<std::int64_t>(model->weight_bytes());
+  const MachineMemory memory = ReadMachineMemory();
+  // A GPU's own memory bounds the default there; a quarter of what the weights left is kept for activations.
+  const std::int64_t default_bytes = options.device.device == "cuda"
+                                         ? static_cast<std::int64_t>(host.device().free_bytes() / 4 * 3)
+                                         : DefaultKvCacheBytes(memory, weight_bytes) / num_engines;
+  ASSIGN_OR_RETURN(const Capacity capacity,
+                   PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
+                                 .max_model_len = options.model.max_model_len,
+                                 .default_kv_cache_bytes = default_bytes,
+                                 .block_bytes = static_cast<std::int64_t>(layout.block_bytes()),
+                                 .max_positions = model->config().max_positions}));
+  if (options.model.max_model_len == 0 && capacity.max_model_len < model->config().max_positions) {
+    Log(LogLevel::kWarning, "the KV cache is smaller than the model's context; sequences are limited to it",
+        {{"max_model_len", fmt::format("{}", capacity.max_model_len)},
+         {"positions", fmt::format("{}", model->config().max_positions)}});
+  }
+
+  ServiceOptions service;
+  service.model_names = options.model.served_names;
+  if (service.model_names.empty()) service.model_names = {options.model.model};
+  host.metrics = Metrics::Make(service.model_names.front(), static_cast<int>(capacity.max_model_len), num_engines);
+
+  EngineOptions engine = EngineOptionsOf(options, capacity);
+  ASSIGN_OR_RETURN(host.file_tier, MakeFile(options.cache, host.folder, host.device(), layout));
+  ASSIGN_OR_RETURN(host.host_tier, MakeHost(options.cache, memory, weight_bytes,
+                                            options.device.device == "cuda" ? 0 : num_engines * capacity.kv_cache_bytes,
+                                            *host.devices.front(), layout, host.file_tier.get()));
+  RETURN_IF_ERROR(CheckTiersAtStart(*host.devices.front(), *host.host_tier, layout));
+  engine.host_tier = host.host_tier.get();
+  std::vector<std::unique_ptr<Engine>> engines;
+  for (int i = 0; i < num_engines; ++i) {
+    const auto index = static_cast<std::size_t>(i);
+    ASSIGN_OR_RETURN(std::unique_ptr<Engine> made, Engine::Make(*host.devices[index], std::move(models[index]), engine,
+                                                                &host.metrics->ObserverOf(i)));
+    host.metrics->Attach(i, *made);
+    engines.push_back(std::move(made));
+  }
+  host.engine = MakeEngineGroup(std::move(engines));
   host.service = Service::Make(*host.engine, *host.tokenizer, service);
   return host;
 }

@@ -1,9 +1,10 @@
 #pragma once
 
-// All that stands below the front ends, built from Options: device, tokenizer, model, engine, service.
+// All that stands below the front ends, built from Options: devices, tokenizer, model, engines, service.
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
@@ -11,6 +12,7 @@
 #include "kernels/device.h"
 #include "kvstore/host_tier.h"
 #include "server/chat_template.h"
+#include "server/machine_memory.h"
 #include "server/metrics.h"
 #include "server/options.h"
 #include "server/service.h"
@@ -19,19 +21,25 @@ namespace spillway {
 
 // Built from the first member down, destroyed from the last one up.
 struct EngineHost {
-  std::string folder;  // the model's
-  std::unique_ptr<Device> device;
+  std::string folder;                            // the model's
+  std::vector<std::unique_ptr<Device>> devices;  // one per engine
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;
   std::unique_ptr<Metrics> metrics;
   std::unique_ptr<HostTier> host_tier;
   std::unique_ptr<Tier> file_tier;  // below host_tier, and gone before it: its writes read host slots
-  std::unique_ptr<Engine> engine;
+  std::unique_ptr<Engine> engine;   // with --data-parallel-size above 1 a group of them
   std::unique_ptr<Service> service;
+
+  const Device& device() const { return *devices.front(); }
 };
 
 // Blocks while the weights are packed and shows progress on stderr. Errors name the option or file at fault.
 absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environment& environment);
+
+// INVALID_ARGUMENT: so much does not fit beside the weights and the device tiers; says why, with every number.
+absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, std::int64_t weight_bytes,
+                       std::int64_t device_bytes);
 
 // How long a sequence may be, and how large the KV cache is; split off for tests.
 struct CapacityRequest {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -19,7 +20,10 @@ struct FrontendOptions {
   std::string host = "127.0.0.1";
   std::uint16_t port = 0;                  // 0: any free one
   std::vector<std::string> api_keys = {};  // empty: open. Compared in constant time, never logged.
-  std::string admin_api_key = {};          // of the control surface; empty: there is none
+  std::string admin_api_key = {};          // of the control surface; empty: it answers on an admin port only
+  bool is_admin_port = false;              // the control surface answers without a key
+  int data_parallel_size = 1;              // reported
+  std::vector<std::pair<std::string, std::string>> configuration = {};  // reported, names and values
   std::size_t max_body_bytes = 32U << 20U;
   std::size_t max_header_bytes = 64U << 10U;
   absl::Duration header_timeout = absl::Seconds(30);  // a peer that does not finish its header or body is dropped

@@ -24,8 +24,8 @@ constexpr int kLeastPingIntervalMs = 5'000;  // clients that ping more often are
 // vllm.Control: what is built of it, and only with the admin key.
 class ControlCalls final : public vllm::Control::CallbackService {
  public:
-  ControlCalls(spillway::Service& service, std::string admin_key)
-      : service_(service), admin_key_(std::move(admin_key)) {
+  ControlCalls(spillway::Service& service, std::string admin_key, int data_parallel_size)
+      : service_(service), admin_key_(std::move(admin_key)), data_parallel_size_(data_parallel_size) {
     std::random_device entropy;
     instance_id_ = fmt::format("{:08x}{:08x}", entropy(), entropy());
   }
@@ -41,10 +41,10 @@ class ControlCalls final : public vllm::Control::CallbackService {
       vllm::ParallelismInfo& parallelism = *response->mutable_parallelism();
       parallelism.set_tensor_parallel_size(1);
       parallelism.set_pipeline_parallel_size(1);
-      parallelism.set_data_parallel_size(1);
+      parallelism.set_data_parallel_size(static_cast<std::uint32_t>(data_parallel_size_));
       parallelism.set_decode_context_parallel_size(1);
-      parallelism.set_world_size(1);
-      parallelism.set_data_parallel_size_local(1);
+      parallelism.set_world_size(static_cast<std::uint32_t>(data_parallel_size_));
+      parallelism.set_data_parallel_size_local(static_cast<std::uint32_t>(data_parallel_size_));
       response->set_max_model_len(static_cast<std::uint32_t>(engine.options().max_model_len));
       response->set_kv_block_size(kBlockTokens);
       response->set_total_kv_blocks(static_cast<std::uint64_t>(engine.status().kv_blocks_total));
@@ -83,13 +83,16 @@ class ControlCalls final : public vllm::Control::CallbackService {
 
   spillway::Service& service_;
   const std::string admin_key_;
+  const int data_parallel_size_;
   std::string instance_id_;
 };
 
 class GrpcFrontend : public Frontend {
  public:
   GrpcFrontend(spillway::Service& service, const FrontendOptions& options)
-      : inference_(service, options.api_keys), control_(service, options.admin_api_key), health_(service) {}
+      : inference_(service, options.api_keys),
+        control_(service, options.admin_api_key, options.data_parallel_size),
+        health_(service) {}
   ~GrpcFrontend() override { Stop(absl::Now()); }
 
   absl::Status Listen(const FrontendOptions& options) {

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
+#include "kernels/kv_layout.h"
 #include "server/frontend.h"
 #include "server/http_server.h"
 #include "server/openai_answer.h"
@@ -75,8 +76,17 @@ class OpenAiApi {
       call.request_id = request.request_id;
       call.headers.emplace_back("X-Request-Id", request.request_id);
     }
-    if ((route != nullptr ? route->needs_key : request.path.starts_with("/v1/")) && !HasKey(request)) {
-      return call.Answer(ErrorResponse(401, "a valid API key is needed: Authorization: Bearer <key>"));
+    const Access access = route != nullptr                   ? route->access
+                          : request.path.starts_with("/v1/") ? Access::kInference
+                                                             : Access::kOpen;
+    if (access == Access::kAdmin && !options_.is_admin_port && options_.admin_api_key.empty()) {
+      return call.Answer(ErrorResponse(
+          404,
+          absl::StrCat(request.path, " is part of the control surface: start with --admin-api-key or --admin-port")));
+    }
+    if (!MayCall(access, request)) {
+      return call.Answer(ErrorResponse(401, absl::StrCat("a valid ", access == Access::kAdmin ? "admin" : "API",
+                                                         " key is needed: Authorization: Bearer <key>")));
     }
     if (!is_known) return call.Answer(ErrorResponse(404, absl::StrCat("there is no endpoint ", request.path)));
     if (route == nullptr) {
@@ -89,16 +99,21 @@ class OpenAiApi {
 
  private:
   using Handler = void (OpenAiApi::*)(HttpRequest request, Call call);
+  enum class Access : std::uint8_t { kOpen, kInference, kAdmin };  // who may call
   struct Route {
     const char* method;
     const char* path;
-    bool needs_key;
+    Access access;
     Handler handle;
   };
   static std::span<const Route> Routes();
 
-  bool HasKey(const HttpRequest& request) const {
-    if (options_.api_keys.empty()) return true;
+  bool MayCall(Access access, const HttpRequest& request) const {
+    if (access == Access::kOpen) return true;
+    if (access == Access::kAdmin) return options_.is_admin_port || HasKey(request, {options_.admin_api_key});
+    return options_.api_keys.empty() || HasKey(request, options_.api_keys);
+  }
+  static bool HasKey(const HttpRequest& request, const std::vector<std::string>& keys) {
     constexpr std::string_view kScheme = "bearer ";
     std::string_view value = request.authorization;
     const bool has_scheme =
@@ -108,7 +123,7 @@ class OpenAiApi {
     if (!has_scheme) return false;
     value.remove_prefix(kScheme.size());
     bool is_found = false;
-    for (const std::string& key : options_.api_keys) is_found |= EqualInConstantTime(value, key);
+    for (const std::string& key : keys) is_found |= EqualInConstantTime(value, key);
     return is_found;
   }
 
@@ -192,6 +207,24 @@ class OpenAiApi {
     call.Answer({.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = metrics_.Render(), .headers = {}});
   }
 
+  // Cached blocks of every tier go; those that running sequences hold stay, which the answer tells.
+  void ResetPrefixCache(HttpRequest, Call call) {
+    const bool was_idle = service_.engine().ResetPrefixCache();
+    call.Answer({.body = DumpJson({{"success", was_idle}}), .headers = {}});
+  }
+  void ServerInfo(HttpRequest, Call call) {
+    Json configuration = Json::object();
+    for (const auto& [name, value] : options_.configuration) configuration[name] = value;
+    const EngineStatus status = service_.engine().status();
+    call.Answer({.body = DumpJson({{"version", SPILLWAY_VERSION},
+                                   {"configuration", std::move(configuration)},
+                                   {"data_parallel_size", options_.data_parallel_size},
+                                   {"kv_blocks", status.kv_blocks_total},
+                                   {"kv_block_tokens", kBlockTokens},
+                                   {"max_model_len", service_.engine().options().max_model_len}}),
+                 .headers = {}});
+  }
+
   void Tokenize(HttpRequest request, Call call) {
     WithBody(std::move(request), std::move(call), [this](const Json& body, Call& caller) {
       const auto read = ReadTokenizeRequest(body, chat_template_, UnknownFieldCounter());
@@ -250,18 +283,20 @@ class OpenAiApi {
 
 std::span<const OpenAiApi::Route> OpenAiApi::Routes() {
   static constexpr Route kRoutes[] = {
-      {"POST", "/v1/completions", true, &OpenAiApi::Completions},
-      {"POST", "/v1/chat/completions", true, &OpenAiApi::Chat},
-      {"GET", "/v1/models", true, &OpenAiApi::Models},
-      {"POST", "/tokenize", true, &OpenAiApi::Tokenize},
-      {"POST", "/detokenize", true, &OpenAiApi::Detokenize},
-      {"GET", "/health", false, &OpenAiApi::Health},
-      {"GET", "/ready", false, &OpenAiApi::Ready},
-      {"GET", "/ping", false, &OpenAiApi::Health},
-      {"POST", "/ping", false, &OpenAiApi::Health},
-      {"GET", "/version", false, &OpenAiApi::Version},
-      {"GET", "/load", false, &OpenAiApi::Load},
-      {"GET", "/metrics", false, &OpenAiApi::Scrape},
+      {"POST", "/v1/completions", Access::kInference, &OpenAiApi::Completions},
+      {"POST", "/v1/chat/completions", Access::kInference, &OpenAiApi::Chat},
+      {"GET", "/v1/models", Access::kInference, &OpenAiApi::Models},
+      {"POST", "/tokenize", Access::kInference, &OpenAiApi::Tokenize},
+      {"POST", "/detokenize", Access::kInference, &OpenAiApi::Detokenize},
+      {"GET", "/health", Access::kOpen, &OpenAiApi::Health},
+      {"GET", "/ready", Access::kOpen, &OpenAiApi::Ready},
+      {"GET", "/ping", Access::kOpen, &OpenAiApi::Health},
+      {"POST", "/ping", Access::kOpen, &OpenAiApi::Health},
+      {"GET", "/version", Access::kOpen, &OpenAiApi::Version},
+      {"GET", "/load", Access::kOpen, &OpenAiApi::Load},
+      {"GET", "/metrics", Access::kOpen, &OpenAiApi::Scrape},
+      {"POST", "/reset_prefix_cache", Access::kAdmin, &OpenAiApi::ResetPrefixCache},
+      {"GET", "/server_info", Access::kAdmin, &OpenAiApi::ServerInfo},
   };
   return kRoutes;
 }

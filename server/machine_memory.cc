@@ -70,7 +70,8 @@ namespace {
 std::int64_t BytesForKv(const MachineMemory& memory, std::int64_t weight_bytes) {
   std::int64_t bytes = memory.available_bytes / 4;
   if (memory.cgroup_limit_bytes) {
-    bytes = std::min(bytes, *memory.cgroup_limit_bytes - weight_bytes - (std::int64_t{2} << 30));
+    const std::int64_t left = *memory.cgroup_limit_bytes - weight_bytes;
+    bytes = std::min(bytes, std::max(left - (std::int64_t{2} << 30), left / 4));
   }
   return std::max<std::int64_t>(bytes, 0);
 }

@@ -17,7 +17,7 @@ struct MachineMemory {
 MachineMemory ReadMachineMemory(const std::string& root = "");
 
 // An eighth of min(25 % of available memory, cgroup limit less weights and 2 GiB); never negative. The rest of that
-// minimum is the host tier's.
+// minimum is the host tier's. Where a cgroup leaves little beside the weights, it is a quarter of that which counts.
 std::int64_t DefaultKvCacheBytes(const MachineMemory& memory, std::int64_t weight_bytes);
 std::int64_t DefaultHostTierBytes(const MachineMemory& memory, std::int64_t weight_bytes);
 

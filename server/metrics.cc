@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <set>
@@ -33,6 +34,7 @@ const Buckets kTokenBuckets = {.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .7
 const Buckets kRequestBuckets = {.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
                                  30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+const Buckets kCopyBuckets = {1e6, 5e6, 10e6, 20e6, 40e6, 60e6, 80e6, 100e6, 150e6, 200e6};
 const Buckets kHttpBuckets = {.01, .05, .1, .5, 1, 5, 10, 60};
 
 // 1, 2, 5, 10, 20, 50 ... up to `largest`.
@@ -46,11 +48,13 @@ Buckets Decades(int largest) {
   return buckets;
 }
 
-class PrometheusMetrics : public Metrics {
+// What one engine reports.
+class EngineMetrics : public EngineObserver {
  public:
-  PrometheusMetrics(const std::string& model_name, int max_model_len)
-      : labels_{{"model_name", model_name}, {"engine", "0"}},
+  EngineMetrics(prometheus::Registry& registry, const std::string& model_name, int max_model_len, int engine)
+      : labels_{{"model_name", model_name}, {"engine", absl::StrCat(engine)}},
         length_buckets_(Decades(max_model_len)),
+        registry_(registry),
         running_(MakeGauge("vllm:num_requests_running", "Sequences running.")),
         waiting_(MakeGauge("vllm:num_requests_waiting", "Sequences waiting to run.")),
         waiting_capacity_(MakeGauge("vllm:num_requests_waiting_by_reason", kByReason, {{"reason", "capacity"}})),
@@ -92,10 +96,15 @@ class PrometheusMetrics : public Metrics {
     }
     // Nothing counts in this yet; its family is a sum over all labels.
     MakeGauge("vllm:num_requests_waiting_by_reason", kByReason, {{"reason", "deferred"}});
-    for (const char* reason : {"queue_full", "draining"}) OnRejections(reason).Increment(0);
   }
 
   void OnStep(const StepReport& report) override {
+    // Steps that are mostly prefill tell what a prompt token takes.
+    if (2 * report.num_prefill_tokens > report.num_tokens) {
+      const double seconds = report.seconds / report.num_tokens;
+      const double known = prefill_token_seconds_.load(std::memory_order_relaxed);
+      prefill_token_seconds_.store(known == 0 ? seconds : known + 0.1 * (seconds - known), std::memory_order_relaxed);
+    }
     iteration_tokens_.Observe(report.num_tokens);
     generation_tokens_.Increment(report.num_generated);
     preemptions_.Increment(report.num_preempted);
@@ -133,8 +142,7 @@ class PrometheusMetrics : public Metrics {
     if (report.generated_tokens > 1) per_token_.Observe(report.decode_seconds / (report.generated_tokens - 1));
   }
 
-  void Attach(const Engine& engine) override {
-    const std::lock_guard lock(mutex_);
+  void Attach(const Engine& engine) {
     engine_ = &engine;
     const EngineOptions& options = engine.options();
     const char* dtype = engine.model().dtype() == DType::kBF16 ? "bfloat16" : "float32";
@@ -146,6 +154,148 @@ class PrometheusMetrics : public Metrics {
                {"prefix_caching_hash_algo", "sha256_cbor"},
                {"kv_cache_memory_bytes", absl::StrCat(options.kv_cache_bytes)}})
         .Set(1);
+  }
+
+  const Engine* engine() const { return engine_; }
+
+  // Takes in what is kept where it happens. One thread at a time.
+  void Refresh() {
+    if (engine_ == nullptr) return;
+    const EngineStatus status = engine_->status();
+    running_.Set(status.num_running);
+    waiting_.Set(status.num_waiting);
+    waiting_capacity_.Set(status.num_waiting);
+    kv_usage_.Set(status.kv_usage);
+    if (engine_->options().host_tier != nullptr) ShowOffloading(status, engine_->options().host_tier->stats());
+  }
+  std::int64_t device_hit_blocks() const { return static_cast<std::int64_t>(prefix_hits_.Value()) / kBlockTokens; }
+  std::int64_t device_missed_blocks() const {
+    return static_cast<std::int64_t>(prefix_queries_.Value() - prefix_hits_.Value()) / kBlockTokens;
+  }
+  double prefill_token_seconds() const { return prefill_token_seconds_.load(std::memory_order_relaxed); }
+
+ private:
+  // Counters that are kept where the event happens and read when scraped.
+  void SetCounter(const std::string& name, const std::string& help, double value, const Labels& more = {}) {
+    Counter& counter = MakeCounter(name, help, more);
+    counter.Increment(std::max(0.0, value - counter.Value()));
+  }
+  void ShowOffloading(const EngineStatus& status, const TierStats& tier) {
+    const auto number = [](std::int64_t value) { return static_cast<double>(value); };
+    SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.", number(status.restored_bytes));
+    SetCounter("vllm:kv_offload_load_time_total", "Seconds of loads, summed.", status.restore_seconds);
+    SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.", number(status.stored_bytes));
+    SetCounter("vllm:kv_offload_store_time_total", "Seconds of stores, summed.", status.store_seconds);
+    SetCounter("vllm:kv_offload_stores_skipped_total", "Blocks not stored below --kv-store-threshold.",
+               number(tier.skipped));
+    SetCounter("vllm:kv_offload_allocation_failure_total", "Stores that found every host slot in use.",
+               number(tier.declined));
+    MakeGauge("vllm:kv_offload_cpu_cache_usage_perc", "Share of host slots that transfers hold now, 0 to 1.")
+        .Set(tier.capacity_blocks > 0 ? number(tier.in_flight) / number(tier.capacity_blocks) : 0);
+    ShowCopies("load", status.restore_copies, loads_shown_);
+    ShowCopies("store", status.store_copies, stores_shown_);
+  }
+  // By the size of a copy, and as vLLM's histogram of sizes.
+  void ShowCopies(const std::string& kind, const CopySizes& now, CopySizes& shown) {
+    Histogram& sizes = MakeHistogram(absl::StrCat("vllm:kv_offload_", kind, "_size"), "Bytes of a copy.", kCopyBuckets);
+    for (std::size_t i = 0; i < kNumCopySizes; ++i) {
+      if (now[i].copies == shown[i].copies) continue;
+      const Labels label = {{"tier", "host"}, {"kind", kind}, {"copy_bytes", absl::StrCat(std::uint64_t{1} << i)}};
+      const auto copies = static_cast<double>(now[i].copies - shown[i].copies);
+      const auto bytes = static_cast<double>(now[i].bytes - shown[i].bytes);
+      AddMore("spillway_kv_copies_total", "Copies between the tiers, by size (to the next power of two).", label,
+              copies);
+      AddMore("spillway_kv_copied_blocks_total", "Blocks of these.", label,
+              static_cast<double>(now[i].blocks - shown[i].blocks));
+      AddMore("spillway_kv_copied_bytes_total", "Bytes of these.", label, bytes);
+      AddMore("spillway_kv_copy_seconds_total", "Seconds of these.", label, now[i].seconds - shown[i].seconds);
+      std::vector<double> increments(kCopyBuckets.size() + 1);
+      const auto bucket = std::ranges::lower_bound(kCopyBuckets, bytes / copies) - kCopyBuckets.begin();
+      increments[static_cast<std::size_t>(bucket)] = copies;
+      sizes.ObserveMultiple(increments, bytes);
+    }
+    shown = now;
+  }
+
+  static constexpr char kByReason[] = "Sequences waiting, by reason.";
+  static constexpr char kBySource[] = "Prompt tokens by where their KV came from.";
+  static constexpr std::array<const char*, 4> kReasons = {"stop", "length", "abort", "error"};  // as FinishReason
+
+  Labels With(const Labels& more) const {
+    Labels all = labels_;
+    all.insert(more.begin(), more.end());
+    return all;
+  }
+  Counter& AddCounter(const std::string& name, const std::string& help, const Labels& labels) {
+    return prometheus::BuildCounter().Name(name).Help(help).Register(registry_).Add(labels);
+  }
+  Counter& MakeCounter(const std::string& name, const std::string& help, const Labels& more = {}) {
+    return AddCounter(name, help, With(more));
+  }
+  Gauge& MakeGauge(const std::string& name, const std::string& help, const Labels& more = {}) {
+    return prometheus::BuildGauge().Name(name).Help(help).Register(registry_).Add(With(more));
+  }
+  Histogram& MakeHistogram(const std::string& name, const std::string& help, const Buckets& buckets) {
+    return prometheus::BuildHistogram().Name(name).Help(help).Register(registry_).Add(labels_, buckets);
+  }
+  void AddMore(const std::string& name, const std::string& help, const Labels& more, double value) {
+    MakeCounter(name, help, more).Increment(value);
+  }
+
+  const Labels labels_;
+  const Buckets length_buckets_;
+  prometheus::Registry& registry_;
+  Gauge& running_;
+  Gauge& waiting_;
+  Gauge& waiting_capacity_;
+  Gauge& kv_usage_;
+  Counter& prefix_queries_;
+  Counter& prefix_hits_;
+  Counter& external_queries_;
+  Counter& external_hits_;
+  Counter& preemptions_;
+  Counter& prompt_tokens_;
+  Counter& prompt_computed_;
+  Counter& prompt_local_;
+  Counter& prompt_external_;
+  Counter& prompt_cached_;
+  Counter& generation_tokens_;
+  Histogram& prompt_lengths_;
+  Histogram& generation_lengths_;
+  Histogram& max_generation_lengths_;
+  Histogram& max_tokens_;
+  Histogram& computed_lengths_;
+  Histogram& iteration_tokens_;
+  Histogram& first_token_;
+  Histogram& inter_token_;
+  Histogram& per_token_;
+  Histogram& total_time_;
+  Histogram& queue_time_;
+  Histogram& inference_time_;
+  Histogram& prefill_time_;
+  Histogram& decode_time_;
+  std::array<Counter*, 4> success_{};
+
+  std::atomic<double> prefill_token_seconds_{0};
+  const Engine* engine_ = nullptr;
+  CopySizes loads_shown_{};
+  CopySizes stores_shown_{};
+};
+
+class PrometheusMetrics : public Metrics {
+ public:
+  PrometheusMetrics(const std::string& model_name, int max_model_len, int num_engines)
+      : model_label_{{"model_name", model_name}}, labels_{{"model_name", model_name}, {"engine", "0"}} {
+    for (int i = 0; i < num_engines; ++i) {
+      engines_.push_back(std::make_unique<EngineMetrics>(registry_, model_name, max_model_len, i));
+    }
+    for (const char* reason : {"queue_full", "draining"}) OnRejections(reason).Increment(0);
+  }
+
+  EngineObserver& ObserverOf(int engine) override { return *engines_.at(static_cast<std::size_t>(engine)); }
+  void Attach(int engine, const Engine& attached) override {
+    const std::lock_guard lock(mutex_);
+    engines_.at(static_cast<std::size_t>(engine))->Attach(attached);
   }
 
   void OnHttpRequest(const std::string& handler, const std::string& method, int status, double seconds) override {
@@ -180,128 +330,109 @@ class PrometheusMetrics : public Metrics {
   std::string Render() override {
     {
       const std::lock_guard lock(mutex_);
-      if (engine_ != nullptr) {
-        const EngineStatus status = engine_->status();
-        running_.Set(status.num_running);
-        waiting_.Set(status.num_waiting);
-        waiting_capacity_.Set(status.num_waiting);
-        kv_usage_.Set(status.kv_usage);
-        if (engine_->options().host_tier != nullptr) ShowHostTier(status, engine_->options().host_tier->stats());
-      }
+      for (const auto& engine : engines_) engine->Refresh();
+      ShowTiers();
     }
     return prometheus::TextSerializer().Serialize(registry_.Collect());
   }
 
  private:
-  // Counters that are kept where the event happens and read when scraped.
-  void SetCounter(const std::string& name, const std::string& help, double value, const Labels& more = {}) {
-    Counter& counter = MakeCounter(name, help, more);
-    counter.Increment(std::max(0.0, value - counter.Value()));
-  }
-  void ShowTier(const std::string& name, const TierStats& tier, std::int64_t read_bytes, double read_seconds,
-                std::int64_t written_bytes, double write_seconds) {
-    const Labels label = {{"tier", name}};
-    const auto number = [](std::int64_t value) { return static_cast<double>(value); };
-    SetCounter("spillway_kv_hits_total", "Blocks found in a tier.", number(tier.hits), label);
-    SetCounter("spillway_kv_misses_total", "Blocks asked of a tier that it lacked.", number(tier.misses), label);
-    SetCounter("spillway_kv_declined_total", "Blocks offered to a tier and not taken.", number(tier.declined), label);
-    SetCounter("spillway_kv_evictions_total", "Blocks evicted from a tier.", number(tier.evictions), label);
-    SetCounter("spillway_kv_checksum_failures_total", "Blocks found changed.", number(tier.checksum_failures), label);
-    SetCounter("spillway_kv_failures_total", "Operations that failed.", number(tier.failures), label);
-    SetCounter("spillway_kv_read_bytes_total", "Bytes brought up from a tier.", number(read_bytes), label);
-    SetCounter("spillway_kv_read_seconds_total", "Time of bringing up, summed.", read_seconds, label);
-    SetCounter("spillway_kv_written_bytes_total", "Bytes stored in a tier.", number(written_bytes), label);
-    SetCounter("spillway_kv_write_seconds_total", "Time of stores, summed.", write_seconds, label);
-    MakeGauge("spillway_kv_resident_blocks", "Blocks in a tier.", label).Set(number(tier.resident_blocks));
-    MakeGauge("spillway_kv_resident_bytes", "Bytes in a tier.", label).Set(number(tier.resident_bytes));
-    MakeGauge("spillway_kv_capacity_bytes", "Bytes a tier can hold.", label).Set(number(tier.capacity_bytes));
-    MakeGauge("spillway_kv_bookkeeping_bytes", "Memory that a tier takes beside its blocks.", label)
-        .Set(number(tier.bookkeeping_bytes));
-    MakeGauge("spillway_kv_in_flight", "Blocks of a tier being read or written.", label).Set(number(tier.in_flight));
-  }
-  void ShowHostTier(const EngineStatus& status, const TierStats& tier) {
-    ShowTier("host", tier, status.restored_bytes, status.restore_seconds, status.stored_bytes, status.store_seconds);
-    if (const Tier* const lower = engine_->options().host_tier->lower()) {
-      const TierStats below = lower->stats();
-      ShowTier(std::string(lower->name()), below, below.read_bytes, below.read_seconds, below.written_bytes,
-               below.write_seconds);
+  // The tiers belong to the process, not to an engine.
+  void ShowTiers() {
+    const Engine* const first = engines_.front()->engine();
+    if (first == nullptr) return;
+    TierStats device;
+    EngineStatus sum;
+    for (const auto& metrics : engines_) {
+      if (metrics->engine() == nullptr) continue;
+      const EngineStatus status = metrics->engine()->status();
+      const std::int64_t block_bytes =
+          status.kv_blocks_total > 0 ? metrics->engine()->options().kv_cache_bytes / status.kv_blocks_total : 0;
+      device.hits += metrics->device_hit_blocks();
+      device.misses += metrics->device_missed_blocks();
+      device.evictions += status.evicted_blocks;
+      device.in_flight += status.kv_blocks_used;
+      device.resident_blocks += status.kv_blocks_used + status.kv_blocks_cached;
+      device.resident_bytes += (status.kv_blocks_used + status.kv_blocks_cached) * block_bytes;
+      device.capacity_bytes += metrics->engine()->options().kv_cache_bytes;
+      sum.restored_bytes += status.restored_bytes;
+      sum.restore_seconds += status.restore_seconds;
+      sum.stored_bytes += status.stored_bytes;
+      sum.store_seconds += status.store_seconds;
     }
-    SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.",
-               static_cast<double>(status.restored_bytes));
-    SetCounter("vllm:kv_offload_load_time_total", "Seconds of loads, summed.", status.restore_seconds);
-    SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.",
-               static_cast<double>(status.stored_bytes));
-    SetCounter("vllm:kv_offload_store_time_total", "Seconds of stores, summed.", status.store_seconds);
+    ShowTier("device", device);
+    const HostTier* const host = first->options().host_tier;
+    if (host == nullptr) return;
+    TierStats stats = host->stats();
+    stats.read_bytes = sum.restored_bytes;
+    stats.read_seconds = sum.restore_seconds;
+    stats.written_bytes = sum.stored_bytes;
+    stats.write_seconds = sum.store_seconds;
+    ShowTier("host", stats);
+    if (const Tier* const lower = host->lower()) ShowTier(std::string(lower->name()), lower->stats());
   }
-
-  static constexpr char kByReason[] = "Sequences waiting, by reason.";
-  static constexpr char kBySource[] = "Prompt tokens by where their KV came from.";
-  static constexpr std::array<const char*, 4> kReasons = {"stop", "length", "abort", "error"};  // as FinishReason
-
-  Labels With(const Labels& more) const {
-    Labels all = labels_;
-    all.insert(more.begin(), more.end());
-    return all;
+  void ShowTier(const std::string& name, const TierStats& tier) {
+    const auto number = [](std::int64_t value) { return static_cast<double>(value); };
+    const auto count = [&](const char* family, const char* help, double value) {
+      Counter& counter = AddCounter(family, help, OfTier(name));
+      counter.Increment(std::max(0.0, value - counter.Value()));
+    };
+    const auto show = [&](const char* family, const char* help, std::int64_t value) {
+      prometheus::BuildGauge().Name(family).Help(help).Register(registry_).Add(OfTier(name)).Set(number(value));
+    };
+    count("spillway_kv_hits_total", "Blocks found in a tier.", number(tier.hits));
+    count("spillway_kv_misses_total", "Blocks asked of a tier that it lacked.", number(tier.misses));
+    count("spillway_kv_declined_total", "Blocks offered to a tier and not taken.",
+          number(tier.declined + tier.skipped));
+    count("spillway_kv_evictions_total", "Blocks evicted from a tier.", number(tier.evictions));
+    count("spillway_kv_checksum_failures_total", "Blocks found changed.", number(tier.checksum_failures));
+    count("spillway_kv_failures_total", "Operations that failed.", number(tier.failures));
+    count("spillway_kv_read_bytes_total", "Bytes brought up from a tier.", number(tier.read_bytes));
+    count("spillway_kv_read_seconds_total", "Time of bringing up, summed.", tier.read_seconds);
+    count("spillway_kv_written_bytes_total", "Bytes stored in a tier.", number(tier.written_bytes));
+    count("spillway_kv_write_seconds_total", "Time of stores, summed.", tier.write_seconds);
+    show("spillway_kv_resident_blocks", "Blocks in a tier.", tier.resident_blocks);
+    show("spillway_kv_resident_bytes", "Bytes in a tier.", tier.resident_bytes);
+    show("spillway_kv_capacity_bytes", "Bytes a tier can hold.", tier.capacity_bytes);
+    show("spillway_kv_bookkeeping_bytes", "Memory that a tier takes beside its blocks.", tier.bookkeeping_bytes);
+    show("spillway_kv_in_flight", "Blocks of a tier being read or written.", tier.in_flight);
+    // Hits since the last look, at what a prompt token takes to compute now.
+    double& hits = hits_shown_[name];
+    double token_seconds = 0;
+    for (const auto& engine : engines_) token_seconds = std::max(token_seconds, engine->prefill_token_seconds());
+    const double seconds = (number(tier.hits) - hits) * kBlockTokens * token_seconds;
+    hits = number(tier.hits);
+    AddCounter("spillway_prefill_seconds_saved_total",
+               "Estimate: seconds that computing the tokens found in a tier would have taken.", OfTier(name))
+        .Increment(std::max(0.0, seconds));
+  }
+  Labels OfTier(const std::string& name) const {
+    Labels labels = model_label_;
+    labels.emplace("tier", name);
+    return labels;
   }
   Counter& AddCounter(const std::string& name, const std::string& help, const Labels& labels) {
     return prometheus::BuildCounter().Name(name).Help(help).Register(registry_).Add(labels);
   }
-  Counter& MakeCounter(const std::string& name, const std::string& help, const Labels& more = {}) {
-    return AddCounter(name, help, With(more));
-  }
-  Gauge& MakeGauge(const std::string& name, const std::string& help, const Labels& more = {}) {
-    return prometheus::BuildGauge().Name(name).Help(help).Register(registry_).Add(With(more));
-  }
-  Histogram& MakeHistogram(const std::string& name, const std::string& help, const Buckets& buckets) {
-    return prometheus::BuildHistogram().Name(name).Help(help).Register(registry_).Add(labels_, buckets);
-  }
   Counter& OnRejections(const std::string& reason) {
-    return MakeCounter("vllm:admission_rejections_total", "Requests refused.", {{"reason", reason}});
+    Labels labels = labels_;
+    labels.emplace("reason", reason);
+    return AddCounter("vllm:admission_rejections_total", "Requests refused.", labels);
   }
 
-  const Labels labels_;
-  const Buckets length_buckets_;
+  const Labels model_label_;
+  const Labels labels_;  // of what happens before an engine is chosen
   prometheus::Registry registry_;
-  Gauge& running_;
-  Gauge& waiting_;
-  Gauge& waiting_capacity_;
-  Gauge& kv_usage_;
-  Counter& prefix_queries_;
-  Counter& prefix_hits_;
-  Counter& external_queries_;
-  Counter& external_hits_;
-  Counter& preemptions_;
-  Counter& prompt_tokens_;
-  Counter& prompt_computed_;
-  Counter& prompt_local_;
-  Counter& prompt_external_;
-  Counter& prompt_cached_;
-  Counter& generation_tokens_;
-  Histogram& prompt_lengths_;
-  Histogram& generation_lengths_;
-  Histogram& max_generation_lengths_;
-  Histogram& max_tokens_;
-  Histogram& computed_lengths_;
-  Histogram& iteration_tokens_;
-  Histogram& first_token_;
-  Histogram& inter_token_;
-  Histogram& per_token_;
-  Histogram& total_time_;
-  Histogram& queue_time_;
-  Histogram& inference_time_;
-  Histogram& prefill_time_;
-  Histogram& decode_time_;
-  std::array<Counter*, 4> success_{};
-
-  std::mutex mutex_;
-  const Engine* engine_ = nullptr;
+  std::vector<std::unique_ptr<EngineMetrics>> engines_;
+  std::mutex mutex_;  // guards all below, and what is read of engines
+  std::map<std::string, double> hits_shown_;
   std::set<std::string> unknown_fields_;  // logged already
 };
 
 }  // namespace
 
-std::unique_ptr<Metrics> Metrics::Make(const std::string& model_name, int max_model_len) {
-  return std::make_unique<PrometheusMetrics>(model_name, max_model_len);
+std::unique_ptr<Metrics> Metrics::Make(const std::string& model_name, int max_model_len, int num_engines) {
+  return std::make_unique<PrometheusMetrics>(model_name, max_model_len, num_engines);
 }
 
 }  // namespace spillway

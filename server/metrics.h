@@ -9,14 +9,16 @@
 
 namespace spillway {
 
-// Any thread; the observer's methods come from the engine thread.
-class Metrics : public EngineObserver {
+// Any thread; an engine's observer is called by that engine's thread.
+class Metrics {
  public:
-  static std::unique_ptr<Metrics> Make(const std::string& model_name, int max_model_len);
-  ~Metrics() override = default;
+  static std::unique_ptr<Metrics> Make(const std::string& model_name, int max_model_len, int num_engines = 1);
+  virtual ~Metrics() = default;
 
-  // Gauges are read from `engine` when scraped. Once, before the front ends start; `engine` outlives the last Render.
-  virtual void Attach(const Engine& engine) = 0;
+  // Of engine 0 .. num_engines - 1.
+  virtual EngineObserver& ObserverOf(int engine) = 0;
+  // Gauges are read from it when scraped. Once each, before the front ends start; it outlives the last Render.
+  virtual void Attach(int engine, const Engine& attached) = 0;
   virtual void OnHttpRequest(const std::string& handler, const std::string& method, int status, double seconds) = 0;
   virtual void OnRejection(const std::string& reason) = 0;    // vllm:admission_rejections{reason}
   virtual void OnUnknownField(const std::string& field) = 0;  // spillway_unknown_fields_total; logs each name once

@@ -6,7 +6,8 @@ namespace spillway {
 namespace {
 
 constexpr std::string_view kParallel =
-    "one model on one device; tensor, pipeline, expert and data parallelism are not built";
+    "an engine is one model on one device; tensor, pipeline and expert parallelism are not built";
+constexpr std::string_view kDataParallel = "the engines of --data-parallel-size are threads of one process";
 constexpr std::string_view kLora = "LoRA adapters are not built";
 constexpr std::string_view kMultimodal = "text only; images, audio and video are not built";
 constexpr std::string_view kQuantized = "quantized weights and KV are not built";
@@ -39,15 +40,14 @@ constexpr std::string_view kDev = "the control surface asks for --admin-api-key;
 constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"tensor-parallel-size", kParallel},
     {"pipeline-parallel-size", kParallel},
-    {"data-parallel-size", kParallel},
-    {"data-parallel-size-local", kParallel},
-    {"data-parallel-rank", kParallel},
-    {"data-parallel-start-rank", kParallel},
-    {"data-parallel-address", kParallel},
-    {"data-parallel-rpc-port", kParallel},
-    {"data-parallel-backend", kParallel},
-    {"data-parallel-hybrid-lb", kParallel},
-    {"data-parallel-external-lb", kParallel},
+    {"data-parallel-size-local", kDataParallel},
+    {"data-parallel-rank", kDataParallel},
+    {"data-parallel-start-rank", kDataParallel},
+    {"data-parallel-address", kDataParallel},
+    {"data-parallel-rpc-port", kDataParallel},
+    {"data-parallel-backend", kDataParallel},
+    {"data-parallel-hybrid-lb", kDataParallel},
+    {"data-parallel-external-lb", kDataParallel},
     {"decode-context-parallel-size", kParallel},
     {"prefill-context-parallel-size", kParallel},
     {"enable-expert-parallel", kParallel},

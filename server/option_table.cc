@@ -94,7 +94,7 @@ std::vector<OptionRow> MakeTable() {
        .most = 1024,
        .special = SpecialValue{"auto", 0},
        .group = "Device",
-       .help = "Threads that compute. auto: the cores this process may run on.",
+       .help = "Threads that compute, of all engines together. auto: the cores this process may run on.",
        .vllm = "VLLM_CPU_OMP_THREADS_BIND"},
       {.name = "gpu-memory-utilization",
        .commands = kEngines,
@@ -124,6 +124,18 @@ std::vector<OptionRow> MakeTable() {
        .group = "Device",
        .help = "No CUDA graphs: every decoding step is queued kernel by kernel. The cpu device does so always.",
        .vllm = "--enforce-eager"},
+      {.name = "data-parallel-size",
+       .commands = kServe,
+       .kind = kCount,
+       .target = SPILLWAY_AT(device.data_parallel_size),
+       .unit = "engines",
+       .least = 1,
+       .most = 64,
+       .group = "Device",
+       .help =
+           "Engines over one host tier, each with its own KV cache, weights and share of the threads (cuda: its own "
+           "GPU). A request runs on the one that knows the longest prefix of it, else the least loaded.",
+       .vllm = "--data-parallel-size"},
       // KV cache
       {.name = "kv-cache-memory-bytes",
        .commands = kEngines,
@@ -136,7 +148,8 @@ std::vector<OptionRow> MakeTable() {
        .group = "KV cache",
        .help =
            "Size of the device's KV cache. auto: an eighth of the smaller of 25 % of available memory and the cgroup "
-           "limit less weights and 2 GiB; on cuda three quarters of what the weights leave.",
+           "limit less weights and 2 GiB (at least a quarter of the limit less weights); on cuda three quarters of what "
+           "the weights leave.",
        .vllm = "--kv-cache-memory-bytes"},
       {.name = "block-size",
        .commands = kEngines,
@@ -168,7 +181,7 @@ std::vector<OptionRow> MakeTable() {
        .help =
            "Size of the host tier: KV blocks in DRAM below the device's KV cache. A bare number counts GiB; 0 turns it "
            "off. auto: seven eighths of the smaller of 25 % of available memory and the cgroup limit less weights and "
-           "2 GiB.",
+           "2 GiB (at least a quarter of the limit less weights).",
        .vllm = "--kv-offloading-size"},
       {.name = "kv-store-threshold",
        .commands = kEngines,
@@ -325,8 +338,18 @@ std::vector<OptionRow> MakeTable() {
        .commands = kServe,
        .target = SPILLWAY_AT(listen.admin_api_key),
        .group = "Listening",
-       .help = "Key of the control surface; without it the control surface does not answer.",
+       .help =
+           "Key of the control surface (/reset_prefix_cache, /server_info, vllm.Control); without it or --admin-port "
+           "that does not answer.",
        .is_secret = true},
+      {.name = "admin-port",
+       .commands = kServe,
+       .kind = kCount,
+       .target = SPILLWAY_AT(listen.admin_port),
+       .least = -1,
+       .most = 65535,
+       .group = "Listening",
+       .help = "Second HTTP port, where the control surface answers without a key. -1: none; 0: any free one."},
       // Limits
       {.name = "max-connections",
        .commands = kServe,

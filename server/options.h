@@ -41,6 +41,7 @@ struct DeviceChoice {
   double gpu_memory_utilization = 0;  // 0: the cuda device's own default
   bool batch_invariant = false;
   bool enforce_eager = false;
+  std::int64_t data_parallel_size = 1;
 };
 
 struct CacheChoice {
@@ -72,6 +73,7 @@ struct ListenChoice {
   std::int64_t grpc_port = -1;  // -1: no gRPC; 0: any free one
   std::vector<std::string> api_keys;
   std::string admin_api_key;
+  std::int64_t admin_port = -1;  // -1: none; 0: any free one
 };
 
 struct LimitChoice {

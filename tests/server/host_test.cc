@@ -7,14 +7,17 @@
 #include <filesystem>
 #include <fstream>
 
+#include "server/await_generation.h"
 #include "server/engine_host.h"
 #include "server/machine_memory.h"
 #include "server/model_path.h"
+#include "tests/support/checkpoint_writer.h"
 
 namespace spillway {
 namespace {
 
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 class TemporaryFolder {
@@ -88,7 +91,10 @@ TEST(MachineMemory, DefaultKvCacheIsAnEighth) {
   constexpr std::int64_t kGiB = std::int64_t{1} << 30;
   EXPECT_EQ(DefaultKvCacheBytes({.available_bytes = 64 * kGiB}, kGiB), 2 * kGiB);
   EXPECT_EQ(DefaultKvCacheBytes({.available_bytes = 64 * kGiB, .cgroup_limit_bytes = 11 * kGiB}, kGiB), kGiB);
-  EXPECT_EQ(DefaultKvCacheBytes({.available_bytes = 64 * kGiB, .cgroup_limit_bytes = 2 * kGiB}, kGiB), 0);
+  const MachineMemory small{.available_bytes = 64 * kGiB, .cgroup_limit_bytes = 2 * kGiB};
+  EXPECT_EQ(DefaultKvCacheBytes(small, kGiB), kGiB / 4 / 8) << "it starts in 2 GiB too";
+  EXPECT_EQ(DefaultHostTierBytes(small, kGiB), kGiB / 4 - kGiB / 4 / 8);
+  EXPECT_EQ(DefaultKvCacheBytes(small, 3 * kGiB), 0);
 }
 
 TEST(PlanCapacity, FitsTheContextToTheCache) {
@@ -120,6 +126,67 @@ TEST(MakeEngineHost, RefusesAShareOfGpuMemoryOnTheCpuDevice) {
   const absl::Status status = MakeEngineHost(options, {}).status();
   EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("--gpu-memory-utilization"));
+}
+
+TEST(CheckRoom, SaysWhyAHostTierDoesNotFit) {
+  constexpr std::int64_t kGiB = std::int64_t{1} << 30;
+  EXPECT_TRUE(CheckRoom(6 * kGiB, {.available_bytes = 8 * kGiB}, kGiB, 2 * kGiB).ok());
+  const auto error = [](const absl::Status& status) { return std::string(status.message()); };
+  EXPECT_THAT(error(CheckRoom(7 * kGiB, {.available_bytes = 8 * kGiB}, kGiB, 2 * kGiB)),
+              AllOf(HasSubstr("--kv-offloading-size: 7 GiB do not fit: 8 GiB of memory are available"),
+                    HasSubstr("the KV cache takes 2 GiB"), HasSubstr("leaves 6 GiB")));
+  EXPECT_THAT(error(CheckRoom(2 * kGiB, {.available_bytes = 8 * kGiB, .cgroup_limit_bytes = 4 * kGiB}, kGiB, 2 * kGiB)),
+              AllOf(HasSubstr("the cgroup's limit is 4 GiB, the weights take 1 GiB"), HasSubstr("leaves 1 GiB")));
+}
+
+// One conversation after another, some of them repeated, through the whole program below the front ends.
+std::vector<std::vector<std::int32_t>> AnswersWith(const std::string& model, const std::vector<std::string>& flags,
+                                                   EngineStatus& status) {
+  std::vector<std::string> arguments = {"serve", model, "--max-model-len", "96"};
+  arguments.insert(arguments.end(), flags.begin(), flags.end());
+  auto line = ParseCommandLine(arguments, {});
+  EXPECT_TRUE(line.ok()) << line.status();
+  auto host = MakeEngineHost(line->options, {});
+  EXPECT_TRUE(host.ok()) << host.status();
+  std::vector<std::vector<std::int32_t>> answers;
+  for (int round = 0; round < 2; ++round) {
+    for (int talk = 0; talk < 6; ++talk) {
+      GenerationRequest request;
+      std::vector<std::int32_t> prompt(60);
+      for (std::size_t i = 0; i < prompt.size(); ++i) {
+        prompt[i] = 3 + static_cast<std::int32_t>(
+                            (i * i + static_cast<std::size_t>(talk / 2) * 31 + (i > 40 ? talk : 0)) % 250);
+      }
+      request.prompt = std::move(prompt);
+      request.temperature = 0;
+      request.max_tokens = 5;
+      request.n = 2;
+      request.ignore_eos = true;
+      auto result = AwaitGeneration(*host->service, std::move(request));
+      EXPECT_TRUE(result.ok()) << result.status();
+      for (const GeneratedChoice& choice : result->choices) answers.push_back(choice.tokens);
+    }
+  }
+  const bool has_tier = host->host_tier->stats().capacity_blocks > 0;
+  do {  // write-through is asynchronous
+    status = host->engine->status();
+  } while (has_tier && status.stored_blocks == 0);
+  return answers;
+}
+
+TEST(DataParallel, TwoEnginesOverOneHostTierAnswerAsOne) {
+  const TemporaryFolder folder;
+  fs::create_directories(folder / "m");
+  ASSERT_TRUE(WriteRandomLlama(folder / "m", {.layers = 2, .max_positions = 96}).ok());
+  ASSERT_TRUE(WriteByteTokenizer(folder / "m", RandomLlamaOptions().vocab).ok());
+  EngineStatus one, two;
+  const auto expected = AnswersWith(folder / "m", {"--kv-offloading-size", "0"}, one);
+  EXPECT_EQ(
+      AnswersWith(folder / "m",
+                  {"--data-parallel-size", "2", "--kv-offloading-size", "64MiB", "--kv-cache-memory-bytes", "200KiB"},
+                  two),
+      expected);
+  EXPECT_GT(two.stored_blocks, 0);
 }
 
 }  // namespace

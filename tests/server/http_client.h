@@ -196,10 +196,10 @@ struct TestServer {
     if (change) change(options);
     tokenizer = std::make_unique<FakeTokenizer>(options.special_tokens);
     metrics = Metrics::Make("fake", options.engine.engine.max_model_len);
-    options.engine.observer = metrics.get();
+    options.engine.observer = &metrics->ObserverOf(0);
     if (options.service.model_names.empty()) options.service.model_names = {"fake", "alias"};
     engine = std::make_unique<FakeEngine>(std::move(options.engine));
-    metrics->Attach(*engine);
+    metrics->Attach(0, *engine);
     service = Service::Make(*engine, *tokenizer, options.service);
     chat_template = MakeChatTemplate(*tokenizer);
     auto made = MakeHttpFrontend(*service, *chat_template, *metrics, options.frontend);

@@ -12,6 +12,7 @@
 namespace spillway {
 namespace {
 
+using testing::AllOf;
 using testing::HasSubstr;
 
 constexpr char kShort[] = R"({"prompt": "hi", "max_tokens": 3})";
@@ -72,6 +73,57 @@ TEST(Http, KeysGuardInferenceOnly) {
   for (const char* path : {"/health", "/ready", "/metrics", "/version"}) EXPECT_EQ(client.Get(path).status, 200);
   EXPECT_EQ(client.Post("/v1/completions", kShort, "Authorization: Bearer first\r\n").status, 200);
   EXPECT_EQ(client.Post("/v1/completions", kShort, "authorization: bearer second\r\n").status, 200);
+}
+
+TEST(Http, TheControlSurfaceNeedsItsKeyOrItsPort) {
+  struct Surface {
+    const char* method;
+    const char* path;
+  };
+  constexpr Surface kSurface[] = {{"POST", "/reset_prefix_cache"}, {"GET", "/server_info"}};
+  {
+    TestServer closed([](TestServer::Options& options) { options.frontend.api_keys = {"user"}; });
+    Client client = closed.Connect();
+    for (const auto& [method, path] : kSurface) {
+      client.Send(Client::Format(method, path, "", "Authorization: Bearer user\r\n"));
+      const ClientResponse response = client.Read();
+      EXPECT_EQ(response.status, 404) << path;
+      EXPECT_THAT(response.body, AllOf(HasSubstr("--admin-api-key"), HasSubstr("--admin-port")));
+    }
+    EXPECT_EQ(closed.engine->num_resets(), 0);
+  }
+  {
+    TestServer keyed([](TestServer::Options& options) {
+      options.frontend.api_keys = {"user"};
+      options.frontend.admin_api_key = "admin";
+      options.frontend.configuration = {{"port", "8000"}, {"api-key", "(set)"}};
+    });
+    Client client = keyed.Connect();
+    for (const auto& [method, path] : kSurface) {
+      for (const char* header : {"", "Authorization: Bearer user\r\n", "Authorization: Bearer \r\n"}) {
+        client.Send(Client::Format(method, path, "", header));
+        EXPECT_EQ(client.Read().status, 401) << path << header;
+      }
+    }
+    EXPECT_EQ(client.Get("/v1/models", "Authorization: Bearer admin\r\n").status, 401) << "it is no key of inference";
+    const ClientResponse reset = client.Post("/reset_prefix_cache", "", "Authorization: Bearer admin\r\n");
+    EXPECT_EQ(reset.status, 200);
+    EXPECT_EQ(reset.Json()["success"], true);
+    EXPECT_EQ(keyed.engine->num_resets(), 1);
+    const ClientResponse info = client.Get("/server_info", "Authorization: Bearer admin\r\n");
+    EXPECT_EQ(info.Json()["configuration"]["api-key"], "(set)");
+    EXPECT_EQ(info.Json()["kv_blocks"], 100);
+    EXPECT_EQ(client.Get("/reset_prefix_cache").status, 405);
+  }
+  TestServer port([](TestServer::Options& options) {
+    options.frontend.api_keys = {"user"};
+    options.frontend.is_admin_port = true;
+  });
+  Client client = port.Connect();
+  EXPECT_EQ(client.Post("/reset_prefix_cache", "").status, 200);
+  EXPECT_EQ(client.Get("/server_info").status, 200);
+  EXPECT_EQ(client.Get("/v1/models").status, 401);
+  EXPECT_EQ(port.engine->num_resets(), 1);
 }
 
 TEST(Http, KeepAliveAndPipelining) {

@@ -3,8 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <thread>
+#include <vector>
 
+#include "kernels/device.h"
+#include "kvstore/host_tier.h"
 #include "tests/support/fake_engine.h"
 
 namespace spillway {
@@ -16,12 +20,13 @@ using testing::Not;
 TEST(Metrics, ReportsUnderVllmsNames) {
   const auto metrics = Metrics::Make("m", 100);
   FakeEngine engine({});
-  metrics->Attach(engine);
-  metrics->OnStep({.seconds = 0.1, .num_tokens = 20, .num_prefill_tokens = 18, .num_generated = 2, .num_preempted = 1});
-  metrics->OnPrefixQuery(40, 16);
-  metrics->OnFirstToken(0.03);
-  metrics->OnInterToken(0.2);
-  metrics->OnSequenceDone({.reason = FinishReason::kLength,
+  metrics->Attach(0, engine);
+  EngineObserver& observer = metrics->ObserverOf(0);
+  observer.OnStep({.seconds = 0.1, .num_tokens = 20, .num_prefill_tokens = 18, .num_generated = 2, .num_preempted = 1});
+  observer.OnPrefixQuery(40, 16);
+  observer.OnFirstToken(0.03);
+  observer.OnInterToken(0.2);
+  observer.OnSequenceDone({.reason = FinishReason::kLength,
                            .prompt_tokens = 40,
                            .cached_tokens = 16,
                            .generated_tokens = 3,
@@ -31,7 +36,7 @@ TEST(Metrics, ReportsUnderVllmsNames) {
                            .prefill_seconds = 0.1,
                            .decode_seconds = 0.4,
                            .total_seconds = 0.6});
-  metrics->OnSequenceDone({.reason = FinishReason::kAborted, .failed = true, .prompt_tokens = 9});
+  observer.OnSequenceDone({.reason = FinishReason::kAborted, .failed = true, .prompt_tokens = 9});
   metrics->OnHttpRequest("/v1/completions", "POST", 404, 0.2);
   metrics->OnRejection("queue_full");
   metrics->OnUnknownField("frobnicate");
@@ -85,6 +90,49 @@ TEST(Metrics, ReportsUnderVllmsNames) {
     EXPECT_THAT(text, HasSubstr(line));
   }
   EXPECT_THAT(text, Not(HasSubstr(R"(le="200")")));  // lengths go up to max_model_len
+}
+
+TEST(Metrics, TiersAreLabelledAndEnginesToldApart) {
+  const std::unique_ptr<Device> device = *MakeCpuDevice({});
+  const std::unique_ptr<HostTier> host =
+      MakeHostTier(*device->Allocate(MemoryKind::kPinnedHost, 4 * 4096), {.block_bytes = 4096, .num_blocks = 4});
+  BlockKey key;
+  const std::vector<std::int32_t> tokens(kBlockTokens, 1);
+  host->Commit(*host->BeginWrite(key, tokens, WriteCause::kPublished), key, tokens);
+  ASSERT_TRUE(host->Find(key, tokens).has_value());
+  FakeEngineOptions options;
+  options.engine.host_tier = host.get();
+  options.engine.kv_cache_bytes = 100 * 4096;
+  FakeEngine first(options), second(options);
+  const auto metrics = Metrics::Make("m", 100, 2);
+  metrics->Attach(0, first);
+  metrics->Attach(1, second);
+  metrics->ObserverOf(0).OnStep({.seconds = 0.2, .num_tokens = 20, .num_prefill_tokens = 20});
+  metrics->ObserverOf(1).OnPrefixQuery(64, 32);
+  std::string text = metrics->Render();
+  for (const char* line : {R"(vllm:num_requests_running{engine="0",model_name="m"} 0)",
+                           R"(vllm:num_requests_running{engine="1",model_name="m"} 0)",
+                           R"(vllm:prefix_cache_hits_total{engine="1",model_name="m"} 32)",
+                           R"(spillway_kv_hits_total{model_name="m",tier="device"} 2)",
+                           R"(spillway_kv_misses_total{model_name="m",tier="device"} 2)",
+                           R"(spillway_kv_capacity_bytes{model_name="m",tier="device"} 819200)",
+                           R"(spillway_kv_hits_total{model_name="m",tier="host"} 1)",
+                           R"(spillway_kv_misses_total{model_name="m",tier="host"} 0)",
+                           R"(spillway_kv_evictions_total{model_name="m",tier="host"} 0)",
+                           R"(spillway_kv_declined_total{model_name="m",tier="host"} 0)",
+                           R"(spillway_kv_checksum_failures_total{model_name="m",tier="host"} 0)",
+                           R"(spillway_kv_resident_blocks{model_name="m",tier="host"} 1)",
+                           R"(spillway_kv_resident_bytes{model_name="m",tier="host"} 4096)",
+                           R"(spillway_kv_in_flight{model_name="m",tier="host"} 0)",
+                           R"(spillway_prefill_seconds_saved_total{model_name="m",tier="host"} 0.16)",
+                           R"(vllm:kv_offload_load_bytes_total{engine="1",model_name="m"} 0)",
+                           R"(vllm:kv_offload_stores_skipped_total{engine="0",model_name="m"} 0)",
+                           R"(vllm:kv_offload_cpu_cache_usage_perc{engine="0",model_name="m"} 0)"}) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
+  ASSERT_TRUE(host->Find(key, tokens).has_value());
+  text = metrics->Render();
+  EXPECT_THAT(text, HasSubstr(R"(spillway_prefill_seconds_saved_total{model_name="m",tier="host"} 0.32)"));
 }
 
 TEST(Metrics, ManyThreadsCount) {

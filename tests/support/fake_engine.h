@@ -79,7 +79,11 @@ class FakeEngine : public Engine {
   const Model& model() const override { return model_; }
   const EngineOptions& options() const override { return options_.engine; }
   std::int64_t capacity_tokens() const override { return 1600; }
-  bool ResetPrefixCache() override { return true; }
+  bool ResetPrefixCache() override {
+    const std::lock_guard lock(mutex_);
+    ++num_resets_;
+    return num_running_ == 0;
+  }
 
   // Hooks. Any thread.
   void OpenGate() { Set(is_open_, true); }
@@ -105,6 +109,10 @@ class FakeEngine : public Engine {
   std::vector<SequenceRequest> submitted() const {  // all so far, without their sinks
     const std::lock_guard lock(mutex_);
     return submitted_;
+  }
+  int num_resets() const {  // of the prefix cache
+    const std::lock_guard lock(mutex_);
+    return num_resets_;
   }
   std::int64_t num_tokens() const {  // produced so far
     const std::lock_guard lock(mutex_);
@@ -209,6 +217,7 @@ class FakeEngine : public Engine {
   std::size_t num_running_ = 0;
   std::int64_t num_tokens_ = 0;
   std::int64_t allowed_steps_ = 0;
+  int num_resets_ = 0;
   absl::Status failure_;
   bool is_open_;
   bool is_stalled_ = false;
