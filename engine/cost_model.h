@@ -69,6 +69,7 @@ class CostModel {
   double LoadSeconds(std::int64_t tokens) const;
   double link_bytes_per_second() const { return link_.BytesPerSecond(copy_bytes_); }  // at the present copy size
   double copy_bytes() const { return copy_bytes_; }
+  const LinkSpeed& link() const { return link_; }
 
   // --- Kappa ---
   // Of matrix products alone: (F / B_kv) (BW / C).

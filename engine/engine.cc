@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/calibration.h"
 #include "engine/mailbox.h"
 #include "engine/model.h"
 #include "engine/scheduler.h"
@@ -49,6 +50,9 @@ class ThreadedEngine : public Engine {
   void Report(const Sequence& sequence, FinishReason reason, bool failed);
   void Fail(const absl::Status& status);
   void PublishStatus();
+  absl::Status Calibrate(Device& device);
+  StepWork WorkOf(const StepPlan& plan) const;
+  void CollectTransfers();
   void Beat() { last_beat_.store(Now(), std::memory_order_relaxed); }
 
   const std::unique_ptr<Model> model_;
@@ -62,6 +66,8 @@ class ThreadedEngine : public Engine {
   std::unique_ptr<KvStore> store_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<StepRunner> runner_;
+  std::optional<CostModel> cost_model_;
+  TransferStats restores_;  // that cost_model_ has been told of
 
   // Any thread.
   std::atomic<double> last_beat_{0};
@@ -70,8 +76,11 @@ class ThreadedEngine : public Engine {
   std::atomic<std::int64_t> num_held_{0};
   std::atomic<std::int64_t> num_cold_{0};
   std::atomic<std::int64_t> num_evicted_{0};
+  std::atomic<double> compute_seconds_{0};
   mutable std::mutex failure_mutex_;  // guards failure_
   std::string failure_;
+  mutable std::mutex published_mutex_;  // guards published_model_
+  std::optional<CostModel> published_model_;
   std::thread thread_;
 };
 
@@ -111,8 +120,24 @@ absl::Status ThreadedEngine::Start(Device& device) {
       .max_blocks_per_sequence = (options_.max_model_len + kBlockTokens - 1) / kBlockTokens,
       .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
   ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, options_.hash_logits));
+  RETURN_IF_ERROR(Calibrate(device));
   Beat();
   thread_ = std::thread([this] { Loop(); });
+  return absl::OkStatus();
+}
+
+absl::Status ThreadedEngine::Calibrate(Device& device) {
+  CalibrationOptions calibration;
+  calibration.budget_seconds = options_.calibration_seconds;
+  calibration.max_step_tokens = options_.max_num_batched_tokens;
+  calibration.max_model_len = options_.max_model_len;
+  calibration.has_link = store_->host().stats().capacity_bytes > 0;
+  const double cap = options_.max_transfer_bytes_per_second;
+  const double pace = options_.link_bytes_per_second;
+  calibration.pacing = {.bytes_per_second = pace > 0 && cap > 0 ? std::min(pace, cap) : std::max(pace, cap),
+                        .latency_seconds = options_.link_latency_seconds};
+  ASSIGN_OR_RETURN(cost_model_, spillway::Calibrate(device, *model_, *runner_, *store_, calibration));
+  published_model_ = cost_model_;
   return absl::OkStatus();
 }
 
@@ -188,6 +213,11 @@ EngineStatus ThreadedEngine::status() const {
     const std::lock_guard lock(failure_mutex_);
     status.failure = failure_;
   }
+  status.compute_seconds = compute_seconds_.load(std::memory_order_relaxed);
+  {
+    const std::lock_guard lock(published_mutex_);
+    status.cost_model = published_model_;
+  }
   const double silence = Now() - last_beat_.load(std::memory_order_relaxed);
   if (status.failure.empty() && is_busy_.load() && silence > absl::ToDoubleSeconds(options_.stall_timeout)) {
     status.failure = absl::StrCat("the engine has not made a step for ", absl::FormatDuration(absl::Seconds(silence)));
@@ -232,13 +262,35 @@ bool ThreadedEngine::HandleMail() {
   for (const std::uint64_t id : mail.cancelled) {
     if (Sequence* const sequence = scheduler_->Find(id)) End(*sequence, {.reason = FinishReason::kAborted});
   }
-  if (mail.has_transfers && store_->Collect()) scheduler_->Loaded();
+  if (mail.has_transfers) CollectTransfers();
   if (mail.reset_prefix_cache) {
     store_->EvictCold();
     store_->host().Clear();
     if (store_->host().lower() != nullptr) store_->host().lower()->Clear();
   }
   return !mail.stop;
+}
+
+void ThreadedEngine::CollectTransfers() {
+  if (store_->Collect()) scheduler_->Loaded();
+  const TransferStats now = store_->transfer_stats(Transfer::Kind::kRestore);
+  for (std::size_t i = 0; i < kNumCopySizes; ++i) {
+    const CopyStats& known = restores_.by_copy_size[i];
+    const CopyStats& copies = now.by_copy_size[i];
+    if (copies.copies == known.copies) continue;
+    const auto bytes = static_cast<double>(copies.bytes - known.bytes);
+    cost_model_->OnTransfer(bytes, bytes / static_cast<double>(copies.copies - known.copies),
+                            copies.seconds - known.seconds);
+  }
+  restores_ = now;
+}
+
+StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
+  StepWork work;
+  for (const PlannedSequence& planned : plan.sequences) {
+    cost_model_->Add(work, planned.sequence->num_computed, planned.sequence->num_planned, planned.samples);
+  }
+  return work;
 }
 
 bool ThreadedEngine::RunStep() {
@@ -252,6 +304,8 @@ bool ThreadedEngine::RunStep() {
         absl::StrCat("no transfer has ended within ", absl::FormatDuration(options_.stall_timeout))));
     return false;
   }
+  const StepWork work = WorkOf(plan);
+  const double launched = Now();
   runner_->Launch(plan, store_->view(), [this] { mailbox_.StepDone(); });
   if (!mailbox_.AwaitStep(absl::ToChronoNanoseconds(options_.stall_timeout))) {
     Fail(absl::UnavailableError(
@@ -262,6 +316,9 @@ bool ThreadedEngine::RunStep() {
     Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", status.message())));
     return false;
   }
+  const double step_seconds = Now() - launched;
+  cost_model_->OnStep(work, step_seconds);
+  compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + step_seconds, std::memory_order_relaxed);
   Digest(plan);
   if (observer_ != nullptr) {
     observer_->OnStep({.seconds = Now() - begin,
@@ -319,6 +376,7 @@ void ThreadedEngine::Report(const Sequence& sequence, FinishReason reason, bool 
   const double now = Now();
   const double scheduled = sequence.was_scheduled ? sequence.scheduled_at : now;
   const double first = sequence.first_token_at;
+  const std::int32_t computed = std::max(1, sequence.num_prompt - sequence.num_cached);
   observer_->OnSequenceDone({.reason = reason,
                              .failed = failed,
                              .prompt_tokens = sequence.num_prompt,
@@ -330,7 +388,9 @@ void ThreadedEngine::Report(const Sequence& sequence, FinishReason reason, bool 
                              .first_token_seconds = first > 0 ? first - sequence.submitted_at : 0,
                              .prefill_seconds = first > 0 ? first - scheduled : 0,
                              .decode_seconds = first > 0 ? sequence.last_token_at - first : 0,
-                             .total_seconds = now - sequence.submitted_at});
+                             .total_seconds = now - sequence.submitted_at,
+                             .kappa = static_cast<double>(sequence.num_cached_below) / computed,
+                             .link_overhead = cost_model_->LinkOverhead(sequence.num_cached_below, computed)});
 }
 
 // Ends everything with `status`; nothing is accepted afterwards.
@@ -356,6 +416,8 @@ void ThreadedEngine::PublishStatus() {
   num_held_.store(store_->num_held(), std::memory_order_relaxed);
   num_cold_.store(store_->num_cold(), std::memory_order_relaxed);
   num_evicted_.store(store_->num_evicted(), std::memory_order_relaxed);
+  const std::lock_guard lock(published_mutex_);
+  published_model_ = cost_model_;
 }
 
 }  // namespace

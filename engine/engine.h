@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "engine/cost_model.h"
 #include "engine/request.h"
 #include "engine/scheduling_policy.h"
 #include "kernels/device.h"
@@ -38,6 +40,7 @@ struct EngineOptions {
   double link_bytes_per_second = 0;  // paces copies to and from the host tier (LinkPacing); 0: not paced
   double link_latency_seconds = 0;
   double max_transfer_bytes_per_second = 0;                  // caps copies to and from the host tier; 0: no cap
+  double calibration_seconds = 0.15;                         // of CalibrationOptions
   std::function<absl::Status(const Transfer&)> before_copy;  // fault injection for tests, see TransferOptions
 };
 
@@ -64,6 +67,8 @@ struct SequenceReport {
   double prefill_seconds = 0;      // first scheduled -> first token
   double decode_seconds = 0;       // first token -> last token
   double total_seconds = 0;        // submitted -> finished
+  double kappa = 0;                // tokens restored / prompt tokens computed
+  double link_overhead = 0;        // P_OH: predicted seconds of the restore / of the prefill
 };
 
 // Called on the engine thread; must not block. Metrics implements it.
@@ -96,8 +101,10 @@ struct EngineStatus {
   CopySizes restore_copies{};  // the same, by the size of a copy
   CopySizes store_copies{};
   std::int64_t evicted_blocks = 0;  // forgotten by the device tier for others, since start
-  bool is_alive = true;             // false: stopped, failed or stalled beyond stall_timeout
-  std::string failure;              // why, where it is not
+  double compute_seconds = 0;           // in which a step ran, since start
+  std::optional<CostModel> cost_model;  // as of the last step; nullopt: an engine that has none
+  bool is_alive = true;                 // false: stopped, failed or stalled beyond stall_timeout
+  std::string failure;                  // why, where it is not
 };
 
 class Engine {

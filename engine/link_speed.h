@@ -5,12 +5,17 @@
 // bandwidth is met exactly), one beyond them keeps the nearest class's bandwidth. Pure arithmetic, no clock.
 
 #include <array>
-#include <cstdint>
+#include <vector>
 
 namespace spillway {
 
 class LinkSpeed {
  public:
+  struct Point {
+    double copy_bytes = 0;  // mean size of what was measured in a class; 0: nothing was
+    double seconds = 0;     // of one copy
+  };
+
   // `seconds` for `bytes` in copies of `copy_bytes` each. `weight` of the new value against the old one, (0, 1]; the
   // first of its class counts whole. What is not positive is ignored.
   void Measure(double bytes, double copy_bytes, double seconds, double weight);
@@ -19,13 +24,10 @@ class LinkSpeed {
   // Of one copy of this size, when copies follow each other. 0 while nothing is known.
   double CopySeconds(double copy_bytes) const;
   double BytesPerSecond(double copy_bytes) const;
+  std::vector<Point> Points() const;  // what is known, by size
 
  private:
-  struct Class {
-    double copy_bytes = 0;  // mean size of what was measured; 0: nothing was
-    double seconds = 0;     // of one copy
-  };
-  std::array<Class, 64> classes_{};
+  std::array<Point, 64> classes_{};
   int num_known_ = 0;
 };
 

@@ -117,6 +117,18 @@ absl::StatusOr<std::unique_ptr<Tier>> MakeFile(const CacheChoice& choice, const 
   return MakeFileTier(options);
 }
 
+void LogCostModel(const CostModel& model) {
+  const ComputeSpeed& compute = model.compute();
+  Log(LogLevel::kInfo, "calibrated",
+      {{"kappa_crit", fmt::format("{:.3g}", model.kappa_crit())},
+       {"critical_chunk_tokens", fmt::format("{:.3g}", model.critical_chunk_tokens())},
+       {"flops", fmt::format("{:.3g}/s", compute.linear_flops_per_second)},
+       {"attention_flops", fmt::format("{:.3g}/s", compute.attention_flops_per_second)},
+       {"kv_read", fmt::format("{:.3g} B/s", compute.kv_bytes_per_second)},
+       {"step_floor", fmt::format("{:.3g} ms", 1000 * compute.step_floor_seconds)},
+       {"link", fmt::format("{:.3g} B/s", model.link_bytes_per_second())}});
+}
+
 // A tier of less than one block is none. `weight_bytes` and `device_bytes`: of all engines.
 absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
                                                    std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
@@ -279,6 +291,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
     host.metrics->Attach(i, *made);
     engines.push_back(std::move(made));
   }
+  LogCostModel(*engines.front()->status().cost_model);
   host.engine = MakeEngineGroup(std::move(engines));
   host.service = Service::Make(*host.engine, *host.tokenizer, service);
   return host;

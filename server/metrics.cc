@@ -35,6 +35,8 @@ const Buckets kRequestBuckets = {.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10,   15,  
                                  30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
 const Buckets kCopyBuckets = {1e6, 5e6, 10e6, 20e6, 40e6, 60e6, 80e6, 100e6, 150e6, 200e6};
+const Buckets kKappaBuckets = {.1, .25, .5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384};
+const Buckets kOverheadBuckets = {.01, .1, .25, .5, 1, 2, 4, 8, 16, 32, 64, 128};
 const Buckets kHttpBuckets = {.01, .05, .1, .5, 1, 5, 10, 60};
 
 // 1, 2, 5, 10, 20, 50 ... up to `largest`.
@@ -89,7 +91,11 @@ class EngineMetrics : public EngineObserver {
         queue_time_(MakeHistogram("vllm:request_queue_time_seconds", "Waiting.", kRequestBuckets)),
         inference_time_(MakeHistogram("vllm:request_inference_time_seconds", "Running.", kRequestBuckets)),
         prefill_time_(MakeHistogram("vllm:request_prefill_time_seconds", "Prefilling.", kRequestBuckets)),
-        decode_time_(MakeHistogram("vllm:request_decode_time_seconds", "Decoding.", kRequestBuckets)) {
+        decode_time_(MakeHistogram("vllm:request_decode_time_seconds", "Decoding.", kRequestBuckets)),
+        kappa_(MakeHistogram("spillway_request_kappa", "Prompt tokens restored for each one computed.", kKappaBuckets)),
+        link_overhead_(MakeHistogram("spillway_request_link_overhead",
+                                     "Predicted time of a request's restore over that of its prefill.",
+                                     kOverheadBuckets)) {
     for (std::size_t i = 0; i < kReasons.size(); ++i) {
       success_[i] =
           &MakeCounter("vllm:request_success_total", "Finished sequences.", {{"finished_reason", kReasons[i]}});
@@ -138,6 +144,8 @@ class EngineMetrics : public EngineObserver {
     max_generation_lengths_.Observe(report.generated_tokens);
     prefill_time_.Observe(report.prefill_seconds);
     decode_time_.Observe(report.decode_seconds);
+    kappa_.Observe(report.kappa);
+    link_overhead_.Observe(report.link_overhead);
     inference_time_.Observe(report.prefill_seconds + report.decode_seconds);
     if (report.generated_tokens > 1) per_token_.Observe(report.decode_seconds / (report.generated_tokens - 1));
   }
@@ -166,6 +174,7 @@ class EngineMetrics : public EngineObserver {
     waiting_.Set(status.num_waiting);
     waiting_capacity_.Set(status.num_waiting);
     kv_usage_.Set(status.kv_usage);
+    if (status.cost_model) ShowCostModel(status);
     if (engine_->options().host_tier != nullptr) ShowOffloading(status, engine_->options().host_tier->stats());
   }
   std::int64_t device_hit_blocks() const { return static_cast<std::int64_t>(prefix_hits_.Value()) / kBlockTokens; }
@@ -179,6 +188,21 @@ class EngineMetrics : public EngineObserver {
   void SetCounter(const std::string& name, const std::string& help, double value, const Labels& more = {}) {
     Counter& counter = MakeCounter(name, help, more);
     counter.Increment(std::max(0.0, value - counter.Value()));
+  }
+  // Utilisation is the rate of the two busy times.
+  void ShowCostModel(const EngineStatus& status) {
+    const CostModel& model = *status.cost_model;
+    MakeGauge("spillway_kappa_crit", "Tokens that load in the time that one is computed, as measured.")
+        .Set(model.kappa_crit());
+    MakeGauge("spillway_critical_chunk_tokens", "Prefills this long hide the load of any prefix.")
+        .Set(model.critical_chunk_tokens());
+    MakeGauge("spillway_link_bytes_per_second", "Sustained, of restores.").Set(model.link_bytes_per_second());
+    MakeGauge("spillway_flops_per_second", "Achieved in matrix products.").Set(model.compute().linear_flops_per_second);
+    SetCounter("spillway_compute_busy_seconds_total", "Time in which a step ran.", status.compute_seconds);
+    SetCounter("spillway_link_busy_seconds_total", "Time in which blocks moved.", status.restore_seconds,
+               {{"direction", "restore"}});
+    SetCounter("spillway_link_busy_seconds_total", "Time in which blocks moved.", status.store_seconds,
+               {{"direction", "store"}});
   }
   void ShowOffloading(const EngineStatus& status, const TierStats& tier) {
     const auto number = [](std::int64_t value) { return static_cast<double>(value); };
@@ -274,6 +298,8 @@ class EngineMetrics : public EngineObserver {
   Histogram& inference_time_;
   Histogram& prefill_time_;
   Histogram& decode_time_;
+  Histogram& kappa_;
+  Histogram& link_overhead_;
   std::array<Counter*, 4> success_{};
 
   std::atomic<double> prefill_token_seconds_{0};

@@ -17,6 +17,29 @@ namespace {
 using testing::HasSubstr;
 using testing::Not;
 
+TEST(Metrics, ShowsTheCostModelAndTheKappaOfRequests) {
+  const auto metrics = Metrics::Make("m", 100);
+  LinkSpeed link;
+  link.Measure(3e6, 1e6, 1, 1);
+  FakeEngineOptions options;
+  options.cost_model = CostModel({.flops_per_token = 1e6, .kv_bytes_per_token = 1e3},
+                                 {.linear_flops_per_second = 2e9,
+                                  .attention_flops_per_second = 1e9,
+                                  .kv_bytes_per_second = 1e9,
+                                  .step_floor_seconds = 0.001},
+                                 link, 1e6);
+  FakeEngine engine(options);
+  metrics->Attach(engine);
+  metrics->OnSequenceDone({.prompt_tokens = 50, .generated_tokens = 1, .kappa = 4, .link_overhead = 2.5});
+  const std::string text = metrics->Render();
+  const std::string labels = R"({engine="0",model_name="m"})";
+  EXPECT_THAT(text, HasSubstr("spillway_kappa_crit" + labels + " 1.5\n"));
+  EXPECT_THAT(text, HasSubstr("spillway_flops_per_second" + labels + " 2000000000\n"));
+  EXPECT_THAT(text, HasSubstr("spillway_request_kappa_sum" + labels + " 4\n"));
+  EXPECT_THAT(text, HasSubstr("spillway_request_link_overhead_sum" + labels + " 2.5\n"));
+  EXPECT_THAT(text, HasSubstr("spillway_compute_busy_seconds_total" + labels));
+}
+
 TEST(Metrics, ReportsUnderVllmsNames) {
   const auto metrics = Metrics::Make("m", 100);
   FakeEngine engine({});

@@ -72,6 +72,7 @@ class FakeEngine : public Engine {
     status.num_waiting = static_cast<std::int32_t>(num_live_ - num_running_);
     status.kv_blocks_total = 100;
     status.kv_usage = static_cast<double>(num_running_) / 100;
+    status.cost_model = options_.cost_model;
     status.is_alive = failure_.ok() && !is_stalled_;
     status.failure = is_stalled_ ? "the engine has stalled" : std::string(failure_.message());
     return status;

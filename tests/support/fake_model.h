@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -72,6 +73,7 @@ struct FakeEngineOptions {
   std::int32_t num_cached = 0;  // reported by OnScheduled
   bool gate_is_open = true;     // closed: a step happens only as AllowSteps lets it
   EngineObserver* observer = nullptr;
+  std::optional<CostModel> cost_model = std::nullopt;
 };
 
 }  // namespace spillway
