@@ -20,14 +20,20 @@ absl::StatusOr<std::unique_ptr<KvStore>> KvStore::Make(Device& device, HostTier&
                                                        std::function<void()> wake) {
   const std::size_t block_bytes = options.layout.block_bytes();
   ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kDevice, options.num_blocks * block_bytes));
-  std::unique_ptr<KvStore> store(new KvStore(std::move(slab), host, options));
-  ASSIGN_OR_RETURN(store->transfers_,
+  ASSIGN_OR_RETURN(std::unique_ptr<BlockTransfers> transfers,
                    TransferEngine::Make(device, host,
                                         {.block_bytes = block_bytes,
                                          .max_bytes_per_second = options.max_transfer_bytes_per_second,
                                          .pacing = options.pacing,
                                          .before_copy = options.before_copy},
                                         std::move(wake)));
+  return Make(std::move(slab), std::move(transfers), host, options);
+}
+
+std::unique_ptr<KvStore> KvStore::Make(Buffer slab, std::unique_ptr<BlockTransfers> transfers, HostTier& host,
+                                       const KvStoreOptions& options) {
+  std::unique_ptr<KvStore> store(new KvStore(std::move(slab), host, options));
+  store->transfers_ = std::move(transfers);
   return store;
 }
 

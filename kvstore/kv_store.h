@@ -58,6 +58,9 @@ class KvStore {
   // `device` and `host` outlive the store. `wake`: see TransferEngine.
   static absl::StatusOr<std::unique_ptr<KvStore>> Make(Device& device, HostTier& host, const KvStoreOptions& options,
                                                        std::function<void()> wake);
+  // Over someone else's transfers. `slab` holds num_blocks blocks; nothing is read from it or written to it here.
+  static std::unique_ptr<KvStore> Make(Buffer slab, std::unique_ptr<BlockTransfers> transfers, HostTier& host,
+                                       const KvStoreOptions& options);
 
   // keys[i] names tokens [16 i, 16 i + 16). At most keys.size() blocks.
   std::vector<BlockRef> Match(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens);
@@ -135,7 +138,7 @@ class KvStore {
   std::int64_t num_evicted_ = 0;
   absl::flat_hash_map<BlockKey, std::shared_ptr<Restoring>> restoring_;
   absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
-  std::unique_ptr<TransferEngine> transfers_;  // last: its records release into the pool
+  std::unique_ptr<BlockTransfers> transfers_;  // last: its records release into the pool
 };
 
 }  // namespace spillway

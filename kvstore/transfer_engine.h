@@ -76,22 +76,34 @@ struct TransferOptions {
   std::function<absl::Status(const Transfer&)> before_copy;
 };
 
-class TransferEngine {
+// What KvStore asks of whoever moves blocks. TransferEngine moves bytes; a replay moves none and keeps a virtual clock.
+// Engine thread only, but for stats.
+class BlockTransfers {
+ public:
+  virtual ~BlockTransfers() = default;  // waits for what has begun, drops the rest
+
+  // Returns the id.
+  virtual std::uint64_t Queue(Transfer transfer) = 0;
+  // True: it had not begun and never will; its ends are released.
+  virtual bool Cancel(std::uint64_t id) = 0;
+  // Everything that has ended since the last call, in order; the ends are released with the records.
+  virtual std::vector<Transfer> Collect() = 0;
+
+  virtual TransferStats stats(Transfer::Kind kind) const = 0;  // any thread
+};
+
+class TransferEngine : public BlockTransfers {
  public:
   // `device` and `host` outlive the engine.
   static absl::StatusOr<std::unique_ptr<TransferEngine>> Make(Device& device, HostTier& host,
                                                               const TransferOptions& options,
                                                               std::function<void()> wake);
-  ~TransferEngine();  // waits for what has begun, drops the rest
+  ~TransferEngine() override;
 
-  // Engine thread only, as the methods below. Returns the id.
-  std::uint64_t Queue(Transfer transfer);
-  // True: it had not begun and never will; its ends are released.
-  bool Cancel(std::uint64_t id);
-  // Everything that has ended since the last call, in order; the ends are released with the records.
-  std::vector<Transfer> Collect();
-
-  TransferStats stats(Transfer::Kind kind) const;  // any thread
+  std::uint64_t Queue(Transfer transfer) override;
+  bool Cancel(std::uint64_t id) override;
+  std::vector<Transfer> Collect() override;
+  TransferStats stats(Transfer::Kind kind) const override;
 
  private:
   TransferEngine(HostTier& host, const TransferOptions& options, std::function<void()> wake);

@@ -43,8 +43,12 @@ void AddMetric(nlohmann::ordered_json& report, std::string_view name, const std:
 }  // namespace
 
 double Percentile(std::vector<double> values, double percent) {
-  if (values.empty()) return 0;
   std::ranges::sort(values);
+  return PercentileOfSorted(values, percent);
+}
+
+double PercentileOfSorted(const std::vector<double>& values, double percent) {
+  if (values.empty()) return 0;
   const double position = percent / 100 * static_cast<double>(values.size() - 1);
   const auto below = static_cast<std::size_t>(position);
   const std::size_t above = std::min(below + 1, values.size() - 1);

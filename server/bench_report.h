@@ -13,6 +13,7 @@ namespace spillway {
 
 // Linear between neighbours, as numpy's default; 0 where there is nothing. `percent` in [0, 100].
 double Percentile(std::vector<double> values, double percent);
+double PercentileOfSorted(const std::vector<double>& values, double percent);
 
 // "50,90,99.9" -> numbers. INVALID_ARGUMENT names --metric-percentiles.
 absl::StatusOr<std::vector<double>> ParsePercentiles(const std::string& text);

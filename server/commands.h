@@ -16,5 +16,7 @@ int RunCommand(const Options& options, const Environment& environment);
 int BenchThroughputCommand(const Options& options, const Environment& environment);
 int BenchServeCommand(const Options& options, const Environment& environment);
 int CheckCommand(const Options& options, const Environment& environment);
+int PlanCommand(const Options& options, const Environment& environment);
+int ReplayCommand(const Options& options, const Environment& environment);
 
 }  // namespace spillway

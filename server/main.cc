@@ -46,6 +46,10 @@ int Main(const std::vector<std::string>& arguments) {
       return BenchServeCommand(line->options, environment);
     case Command::kCheck:
       return CheckCommand(line->options, environment);
+    case Command::kPlan:
+      return PlanCommand(line->options, environment);
+    case Command::kReplay:
+      return ReplayCommand(line->options, environment);
     case Command::kFromVllm:
       fmt::print("{}", FromVllmPage());
       return 0;

@@ -47,18 +47,24 @@ std::string DefaultText(const OptionRow& row) {
   return ShowOption(row, Options());
 }
 
+// "MODEL," where the option is also the command's argument, else nothing.
+std::string ArgumentName(const OptionRow& row, Command command) {
+  if (command == Command::kReplay) return row.name == "trace" ? "TRACE," : "";
+  return row.name == "model" && command != Command::kBenchServe ? "MODEL," : "";
+}
+
 void AddFlags(Parser& parser) {
   for (const OptionRow& row : OptionTable()) {
     if (!Takes(row, parser.command)) continue;
     std::vector<std::string>& values = parser.given[&row];
     std::string help(row.help);
-    const bool is_argument = row.name == "model" && parser.command != Command::kBenchServe;
+    const std::string argument = ArgumentName(row, parser.command);
     CLI::Option* option = nullptr;
     if (row.kind == ValueKind::kFlag) {
       option =
           parser.app->add_flag(FlagNames(row), values, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     } else {
-      option = parser.app->add_option(is_argument ? "MODEL," + FlagNames(row) : FlagNames(row), values, help);
+      option = parser.app->add_option(argument + FlagNames(row), values, help);
       if (row.kind == ValueKind::kTextList) {
         option->expected(1, 1 << 20);
       } else {
@@ -225,7 +231,7 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
   app.require_subcommand(1);
   CLI::App* bench = app.add_subcommand("bench", "Measure: throughput in this process, or a server over HTTP");
   bench->require_subcommand(1);
-  std::array<Parser, 6> parsers = {{
+  std::array<Parser, 8> parsers = {{
       {Command::kServe, app.add_subcommand("serve", "Serve a model over HTTP (OpenAI's API) and gRPC"), {}},
       {Command::kRun, app.add_subcommand("run", "Complete one prompt, or chat, in the terminal"), {}},
       {Command::kCheck, app.add_subcommand("check", "Test a model folder: files, tokenizer, generation, cache"), {}},
@@ -233,6 +239,10 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
        bench->add_subcommand("throughput", "Random prompts through the engine, no server"),
        {}},
       {Command::kBenchServe, bench->add_subcommand("serve", "Random prompts against a running server"), {}},
+      {Command::kPlan,
+       app.add_subcommand("plan", "What a model's KV costs on a machine, and what loading it saves"),
+       {}},
+      {Command::kReplay, app.add_subcommand("replay", "A recorded trace on a described machine, in modelled time"), {}},
       {Command::kFromVllm, app.add_subcommand("from-vllm", "Print what became of each flag of `vllm serve`"), {}},
   }};
   for (Parser& parser : parsers) AddFlags(parser);
@@ -264,7 +274,8 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
   RETURN_IF_ERROR(ApplyEnvironment(line.command, environment, line.options));
   for (const auto& [row, values] : parser->given) {
     if (values.empty()) continue;
-    if (row->name == "model" && values.size() > 1) return Invalid("'{}': one argument too many", values.back());
+    if (!ArgumentName(*row, line.command).empty() && values.size() > 1)
+      return Invalid("'{}': one argument too many", values.back());
     RETURN_IF_ERROR(AssignOption(*row, values, fmt::format("--{}", row->name), line.options));
   }
   RETURN_IF_ERROR(CheckTogether(line.command, line.options));

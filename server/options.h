@@ -23,6 +23,8 @@ enum class Command : unsigned {
   kBenchServe = 8,
   kCheck = 16,
   kFromVllm = 32,  // prints docs/from-vllm.md
+  kPlan = 64,
+  kReplay = 128,
 };
 
 struct ModelChoice {
@@ -122,6 +124,22 @@ struct WorkloadChoice {
   std::string result_filename;
 };
 
+// Of `plan` and `replay`.
+struct ModelledChoice {
+  std::string hardware;  // a built-in name, a YAML file, or (plan) "this"; empty: see the commands
+  std::int64_t cached_tokens = 8192;
+  std::int64_t new_tokens = 256;
+  std::string trace;
+  std::string policy = "fcfs";
+  std::string routing = "round-robin";
+  std::int64_t replicas = 0;  // 0: as the hardware says
+  double time_scale = 1;
+  std::vector<std::string> goodput;
+  std::string json;
+  std::string csv;
+  std::string html;
+};
+
 struct Options {
   ModelChoice model;
   DeviceChoice device;
@@ -133,6 +151,7 @@ struct Options {
   PromptChoice prompt;
   BenchChoice bench;
   WorkloadChoice workload;
+  ModelledChoice modelled;
 };
 
 struct CommandLine {

@@ -11,21 +11,27 @@ target_sources(
           bench_report.cc
           command_bench.cc
           command_check.cc
+          command_plan.cc
+          command_replay.cc
           command_run.cc
           command_serve.cc
           engine_host.cc
           event_pipe.cc
+          hardware_file.cc
           load_generator.cc
           log.cc
           machine_memory.cc
           model_path.cc
+          modelled_choice.cc
           option_docs.cc
           option_refusals.cc
           option_rows.cc
           option_table.cc
           option_values.cc
           options.cc
+          plan_report.cc
           progress.cc
+          replay_report.cc
           watchdog.cc)
 target_compile_definitions(spillway_program PRIVATE SPILLWAY_VERSION="${PROJECT_VERSION}")
 target_link_libraries(

@@ -22,8 +22,8 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-constexpr std::array kCommands = {Command::kServe, Command::kRun, Command::kBenchThroughput, Command::kBenchServe,
-                                  Command::kCheck};
+constexpr std::array kCommands = {Command::kServe, Command::kRun,  Command::kBenchThroughput, Command::kBenchServe,
+                                  Command::kCheck, Command::kPlan, Command::kReplay};
 
 std::vector<std::string> WordsOf(Command command) {
   switch (command) {
@@ -39,6 +39,10 @@ std::vector<std::string> WordsOf(Command command) {
       return {"check"};
     case Command::kFromVllm:
       return {"from-vllm"};
+    case Command::kPlan:
+      return {"plan"};
+    case Command::kReplay:
+      return {"replay"};
   }
   return {};
 }
