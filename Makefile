@@ -3,6 +3,7 @@ PRESET ?= release
 JOBS ?= $(shell nproc)
 MODEL ?=
 ARGS ?=
+BENCH_ARGS ?=
 
 BUILD := build/$(PRESET)
 # A new hash of the script is a new stamp, so that set-up runs again only where it changed.
@@ -13,11 +14,11 @@ ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
 endif
 
-.PHONY: help serve test build bench lint format clean
+.PHONY: help serve test build bench bench-papers lint format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: program ## build and serve: make serve MODEL=<folder or Hub id> [ARGS="--port 8080"]
 	@exec $(BUILD)/spillway serve $(MODEL) $(ARGS)
@@ -31,6 +32,9 @@ build: configure ## the program, the tests: make build [PRESET=release|asan|tsan
 bench: configure ## build the benchmarks too
 	@cmake --preset $(PRESET) -DSPILLWAY_BENCH=ON >/dev/null
 	@cmake --build --preset $(PRESET) -j$(JOBS)
+
+bench-papers: bench ## the papers' experiments, scaled to this machine: measured beside predicted
+	@$(BUILD)/papers_bench overhead $(BENCH_ARGS)
 
 lint: build ## formatting and clang-tidy
 	@clang-format --dry-run -Werror $(SOURCES)

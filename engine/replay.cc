@@ -146,7 +146,7 @@ void Replica::Submit(std::size_t index) {
   sequence->request.id = index + 1;
   sequence->request.sampling.max_tokens = request.output_tokens;
   sequence->submitted_at = ArrivalOf(index);
-  sequence->tokens = PromptOf(request, options_.vocab);
+  sequence->tokens = PromptOf(trace_, request, options_.vocab);
   sequence->num_prompt = sequence->size();
   scheduler_.Add(std::move(sequence));
 }

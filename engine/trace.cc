@@ -117,11 +117,12 @@ absl::StatusOr<Trace> ReadTrace(const std::string& path) {
   return trace;
 }
 
-std::vector<std::int32_t> PromptOf(const TraceRequest& request, std::int32_t vocab) {
+std::vector<std::int32_t> PromptOf(const Trace& trace, const TraceRequest& request, std::int32_t vocab) {
+  const auto id_tokens = static_cast<std::size_t>(trace.id_tokens);
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(request.prompt_tokens));
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    const std::int32_t id = request.ids[i / kTraceIdTokens];
-    const auto unique = id * kTraceIdTokens + static_cast<std::int32_t>(i % kTraceIdTokens);
+    const std::int32_t id = request.ids[i / id_tokens];
+    const auto unique = id * kTraceIdTokens + static_cast<std::int32_t>(i % id_tokens);
     tokens[i] =
         vocab == 0
             ? unique

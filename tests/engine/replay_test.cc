@@ -76,11 +76,12 @@ TEST(TraceTest, ErrorsNameFileLineAndField) {
 }
 
 TEST(TraceTest, EqualIdsAreEqualTokensAndOthersAreNot) {
+  const Trace trace;
   const TraceRequest one{.arrival_seconds = 0, .prompt_tokens = 1024, .output_tokens = 1, .ids = {3, 4}};
   const TraceRequest two{.arrival_seconds = 0, .prompt_tokens = 1000, .output_tokens = 1, .ids = {3, 5}};
   for (const std::int32_t vocab : {0, 32000}) {
-    const auto first = PromptOf(one, vocab);
-    const auto second = PromptOf(two, vocab);
+    const auto first = PromptOf(trace, one, vocab);
+    const auto second = PromptOf(trace, two, vocab);
     ASSERT_EQ(second.size(), 1000U);
     EXPECT_TRUE(std::equal(first.begin(), first.begin() + 512, second.begin()));
     EXPECT_FALSE(std::equal(first.begin() + 512, first.begin() + 1000, second.begin() + 512));
