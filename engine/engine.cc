@@ -112,7 +112,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
                          .max_num_batched_tokens = options_.max_num_batched_tokens,
                          .long_prefill_token_threshold = options_.long_prefill_token_threshold,
                          .enable_prefix_caching = options_.enable_prefix_caching,
-                         .policy = options_.scheduling_policy},
+                         .policy = options_.scheduling_policy,
+                         .load_choice = options_.load_choice},
       observer_);
   const StepRunner::Limits limits{
       .max_tokens = options_.max_num_batched_tokens,

@@ -72,6 +72,7 @@ struct SequenceRequest {
   SamplingParams sampling;
   std::string cache_salt;            // prefix-cache entries are shared only within one salt
   bool bypass_prefix_cache = false;  // matches nothing; still publishes
+  std::string tenant;                // whose share of the link its loads count against
   std::int32_t priority = 0;         // lower = earlier, under SchedulingPolicy::kPriority
   std::shared_ptr<TokenSink> sink;
 };

@@ -6,14 +6,9 @@
 #include "kernels/check.h"
 
 namespace spillway {
-namespace {
-
-std::int32_t BlocksFor(std::int32_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
-
-}  // namespace
-
-Scheduler::Scheduler(KvStore& store, const KeyChain& chain, const Options& options, EngineObserver* observer)
-    : store_(store), chain_(chain), options_(options), observer_(observer) {}
+Scheduler::Scheduler(KvStore& store, const KeyChain& chain, const Options& options, EngineObserver* observer,
+                     const CostModel* costs)
+    : store_(store), chain_(chain), options_(options), observer_(observer), costs_(costs) {}
 
 Scheduler::~Scheduler() {
   for (Sequence* const sequence : All()) Remove(sequence);
@@ -30,14 +25,16 @@ void Scheduler::Add(std::unique_ptr<Sequence> added) {
 void Scheduler::Wait(Sequence& sequence) {
   sequence.place = Place::kWaiting;
   sequence.num_lacking = 0;
+  sequence.refused_at = 0;
   waiting_.insert(&sequence);
 }
 
 StepPlan Scheduler::Plan(double now) {
   StepPlan plan;
+  work_ = {};
   PlanRunning(plan);
   if (plan.num_preempted == 0) AdmitReady(plan, now);
-  if (plan.num_preempted == 0) Admit(plan, now);
+  if (plan.num_preempted == 0) options_.policy == SchedulingPolicy::kKappa ? AdmitByKappa(plan, now) : Admit(plan, now);
   return plan;
 }
 
@@ -56,7 +53,9 @@ void Scheduler::PlanRunning(StepPlan& plan) {
 }
 
 std::int32_t Scheduler::ChunkOf(const Sequence& sequence, const StepPlan& plan) const {
-  std::int32_t chunk = std::min(sequence.num_uncomputed(), options_.max_num_batched_tokens - plan.num_tokens);
+  const std::int32_t wanted = sequence.restoring.empty() ? sequence.num_uncomputed()
+                                                         : sequence.load_begin * kBlockTokens - sequence.num_computed;
+  std::int32_t chunk = std::min(wanted, options_.max_num_batched_tokens - plan.num_tokens);
   if (options_.long_prefill_token_threshold > 0) chunk = std::min(chunk, options_.long_prefill_token_threshold);
   return chunk;
 }
@@ -95,7 +94,19 @@ bool Scheduler::RevokeNewestLoad() {
     BackToWaiting(revoked);
     return true;
   }
+  if (!splits_.empty()) {
+    GiveUpTail(*splits_.back());
+    return true;
+  }
   return false;
+}
+
+// The sequence computes the tail of its prefix itself.
+void Scheduler::GiveUpTail(Sequence& sequence) {
+  for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
+  sequence.restoring.clear();
+  while (static_cast<std::int32_t>(sequence.blocks.size()) > sequence.load_begin) sequence.blocks.pop_back();
+  std::erase(splits_, &sequence);
 }
 
 Sequence& Scheduler::LastRunner() const {
@@ -123,8 +134,7 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
     Unclaim(sequence.keys[static_cast<std::size_t>(i)]);
   }
   sequence.num_claimed = 0;
-  for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
-  sequence.restoring.clear();
+  if (!sequence.restoring.empty()) GiveUpTail(sequence);
   if (!sequence.blocks.empty()) {
     store_.MarkUsed(std::span<const BlockKey>(sequence.keys).first(static_cast<std::size_t>(sequence.num_published)),
                     sequence.tokens);
@@ -137,9 +147,11 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
 
 void Scheduler::Schedule(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan) {
   sequence.num_planned = num_tokens;
+  const bool samples = num_tokens == sequence.num_uncomputed();
+  if (costs_ != nullptr) costs_->Add(work_, sequence.num_computed, num_tokens, samples);
   plan.num_tokens += num_tokens;
   if (sequence.num_uncomputed() > 1) plan.num_prefill_tokens += num_tokens;
-  plan.sequences.push_back({.sequence = &sequence, .samples = num_tokens == sequence.num_uncomputed()});
+  plan.sequences.push_back({.sequence = &sequence, .samples = samples});
 }
 
 void Scheduler::Unschedule(Sequence& sequence, StepPlan& plan) {
@@ -166,117 +178,52 @@ void Scheduler::AdmitReady(StepPlan& plan, double now) {
   }
 }
 
-void Scheduler::Admit(StepPlan& plan, double now) {
-  while (!waiting_.empty() && plan.num_tokens < options_.max_num_batched_tokens && plan.num_preempted == 0 &&
-         num_running() + num_loading() < options_.max_num_seqs) {
-    Sequence& sequence = **waiting_.begin();
-    const std::int64_t num_available = store_.num_available();
-    if (!IsIdle() && num_available < sequence.num_lacking) return;
-    GrowKeys(sequence);
-    const std::span<const BlockKey> keys = MatchableKeys(sequence);
-    sequence.blocks = store_.Match(keys, sequence.tokens);
-    const auto missing = keys.subspan(sequence.blocks.size());
-    if (AwaitClaim(sequence, missing)) continue;
-    if (!HasRoomFor(sequence)) {
-      const std::int64_t num_taken = num_available - store_.num_available();  // by the match
-      sequence.num_lacking = BlocksFor(sequence.size()) - static_cast<std::int64_t>(sequence.blocks.size()) + num_taken;
-      KvStore::Release(sequence.blocks);
-      return;
-    }
-    Leave(sequence, plan, missing, now);
-  }
-}
-
-bool Scheduler::Matches(const Sequence& sequence) const {
-  return options_.enable_prefix_caching && !sequence.request.bypass_prefix_cache;
-}
-
-// At least the last token is computed, since its logits are wanted.
-std::span<const BlockKey> Scheduler::MatchableKeys(const Sequence& sequence) const {
-  if (!Matches(sequence)) return {};
-  return std::span<const BlockKey>(sequence.keys).first(static_cast<std::size_t>((sequence.size() - 1) / kBlockTokens));
-}
-
-// Does not compute what a running sequence is about to publish: awaits the last of those blocks.
-bool Scheduler::AwaitClaim(Sequence& sequence, std::span<const BlockKey> missing) {
-  Claim* awaited = nullptr;
-  for (const BlockKey& key : missing) {
-    const auto claim = claims_.find(key);
-    if (claim == claims_.end()) break;
-    awaited = &claim->second;
-    sequence.awaited = key;
-  }
-  if (awaited == nullptr) return false;
-  KvStore::Release(sequence.blocks);
-  waiting_.erase(&sequence);
-  sequence.place = Place::kAwaiting;
-  awaited->awaiting.push_back(&sequence);
-  return true;
-}
-
-// From waiting to loading where lower tiers have more of its prefix, else to running.
-void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockKey> missing, double now) {
-  sequence.num_published = static_cast<std::int32_t>(sequence.blocks.size());
-  sequence.num_computed = sequence.num_published * kBlockTokens;
-  waiting_.erase(&sequence);
-  const bool is_loading = StartLoading(sequence, missing);
-  if (!sequence.was_scheduled && observer_ != nullptr && Matches(sequence)) {
-    observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed);
-    observer_->OnPrefixQueryBelow(static_cast<std::int64_t>(missing.size()) * kBlockTokens,
-                                  static_cast<std::int64_t>(sequence.restoring.size()) * kBlockTokens);
-  }
-  if (is_loading) {
-    sequence.place = Place::kLoading;
-    loading_.push_back(&sequence);
-  } else {
-    Run(sequence, plan, now);
-  }
-}
-
-// Brings up what lower tiers have of the blocks that follow; false if they have nothing.
-bool Scheduler::StartLoading(Sequence& sequence, std::span<const BlockKey> below) {
-  const auto first = static_cast<std::size_t>(sequence.num_computed);
-  const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(first);
-  const std::size_t count = store_.CountBelow(below, tokens);
-  for (std::size_t i = 0; i < count; ++i) {
-    auto restored = store_.Restore(below[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
-    if (!restored) break;
-    sequence.blocks.push_back(std::move(restored->block));
-    sequence.restoring.push_back(std::move(restored->restoring));
-  }
-  return !sequence.restoring.empty();
-}
-
 void Scheduler::Loaded() {
   std::erase_if(loading_, [&](Sequence* const sequence) {
-    const auto is_pending = [](const auto& each) { return each->state == Restoring::State::kPending; };
-    if (std::ranges::any_of(sequence->restoring, is_pending)) return false;
-    const auto is_lost = [](const auto& each) { return each->state == Restoring::State::kFailed; };
-    const auto lost = std::ranges::find_if(sequence->restoring, is_lost);
-    const auto num_sound = static_cast<std::int32_t>(lost - sequence->restoring.begin());
-    sequence->num_published += num_sound;
-    if (!sequence->was_scheduled) sequence->num_cached_below = num_sound * kBlockTokens;
-    sequence->num_computed = sequence->num_published * kBlockTokens;
-    sequence->restoring.clear();
-    while (static_cast<std::int32_t>(sequence->blocks.size()) > sequence->num_published) sequence->blocks.pop_back();
+    if (!Settle(*sequence)) return false;
     sequence->place = Place::kReady;
     ready_.push_back(sequence);
     return true;
   });
+  for (Sequence* const sequence : std::vector(splits_)) Settle(*sequence);
+}
+
+// Once the head is computed and nothing is on its way any more: what has come up soundly counts as computed, the rest
+// is given up. False: it is too early.
+bool Scheduler::Settle(Sequence& sequence) {
+  if (sequence.num_computed < sequence.load_begin * kBlockTokens) return false;
+  const auto is_pending = [](const auto& each) { return each->state == Restoring::State::kPending; };
+  if (is_pending(sequence.restoring.back()) || std::ranges::any_of(sequence.restoring, is_pending)) return false;
+  const auto is_lost = [](const auto& each) { return each->state == Restoring::State::kFailed; };
+  const auto num_sound =
+      static_cast<std::int32_t>(std::ranges::find_if(sequence.restoring, is_lost) - sequence.restoring.begin());
+  if (!sequence.was_scheduled) sequence.num_cached_below = num_sound * kBlockTokens;
+  for (std::int32_t i = 0; i < num_sound; ++i, ++sequence.num_published) {
+    if (sequence.num_published < sequence.num_claimed) {
+      Unclaim(sequence.keys[static_cast<std::size_t>(sequence.num_published)]);
+    }
+  }
+  sequence.num_computed = sequence.num_published * kBlockTokens;
+  sequence.load_begin = sequence.num_published;
+  GiveUpTail(sequence);
+  return true;
 }
 
 void Scheduler::Run(Sequence& sequence, StepPlan& plan, double now) {
   if (!sequence.was_scheduled) {
     sequence.was_scheduled = true;
     sequence.scheduled_at = now;
-    sequence.num_cached = sequence.num_computed;
+    const auto num_coming = static_cast<std::int32_t>(sequence.restoring.size()) * kBlockTokens;
+    sequence.num_cached = sequence.num_computed + num_coming;
+    sequence.num_cached_below += num_coming;
     if (sequence.request.sink) sequence.request.sink->OnScheduled(sequence.num_cached);
   }
   sequence.place = Place::kRunning;
   running_.push_back(&sequence);
+  if (!sequence.restoring.empty()) splits_.push_back(&sequence);
   ClaimKeys(sequence);
   const std::int32_t chunk = ChunkOf(sequence, plan);
-  if (Reserve(sequence, chunk, plan)) Schedule(sequence, chunk, plan);
+  if (chunk > 0 && Reserve(sequence, chunk, plan)) Schedule(sequence, chunk, plan);
   if (plan.num_preempted > 0)
     std::erase_if(running_, [](const Sequence* each) { return each->place != Place::kRunning; });
 }
@@ -294,6 +241,7 @@ void Scheduler::Computed(const StepPlan& plan) {
       store_.Publish(sequence.blocks[i], sequence.keys[i], tokens);
       if (sequence.num_published < sequence.num_claimed) Unclaim(sequence.keys[i]);
     }
+    if (!sequence.restoring.empty()) Settle(sequence);
   }
 }
 
@@ -304,7 +252,9 @@ std::unique_ptr<Sequence> Scheduler::Remove(Sequence* sequence) {
   by_id_.erase(found);
   switch (sequence->place) {
     case Place::kWaiting:
-      waiting_.erase(sequence);
+    case Place::kFresh:
+    case Place::kHeld:
+      LeaveQueue(*sequence);
       break;
     case Place::kAwaiting:
       std::erase(claims_.at(sequence->awaited).awaiting, sequence);
@@ -358,6 +308,8 @@ std::vector<Sequence*> Scheduler::All() const {
   all.insert(all.end(), loading_.begin(), loading_.end());
   const auto num_admitted = static_cast<std::ptrdiff_t>(all.size());
   all.insert(all.end(), waiting_.begin(), waiting_.end());
+  all.insert(all.end(), fresh_.begin(), fresh_.end());
+  held_.AppendTo(all);
   for (const auto& [key, claim] : claims_) all.insert(all.end(), claim.awaiting.begin(), claim.awaiting.end());
   std::sort(all.begin() + num_admitted, all.end(), FirstInRank());
   return all;
@@ -376,11 +328,14 @@ void Scheduler::CheckInvariants() const {
     return static_cast<std::size_t>(std::ranges::count(all, place, &Sequence::place));
   };
   SPILLWAY_CHECK(count(Place::kWaiting) == waiting_.size() && count(Place::kRunning) == running_.size());
+  SPILLWAY_CHECK(count(Place::kFresh) == fresh_.size() && count(Place::kHeld) == held_.size());
   SPILLWAY_CHECK(count(Place::kLoading) == loading_.size() && count(Place::kReady) == ready_.size());
   for (const Sequence* const sequence : all) {
     const auto published = static_cast<std::size_t>(sequence->num_published);
     switch (sequence->place) {
       case Place::kWaiting:
+      case Place::kFresh:
+      case Place::kHeld:
       case Place::kAwaiting:
         SPILLWAY_CHECK(sequence->blocks.empty() && sequence->num_computed == 0 && sequence->num_claimed == 0);
         break;
@@ -393,6 +348,9 @@ void Scheduler::CheckInvariants() const {
         SPILLWAY_CHECK(sequence->num_computed + sequence->num_planned <=
                        static_cast<std::int32_t>(sequence->blocks.size()) * kBlockTokens);
         SPILLWAY_CHECK(sequence->num_published * kBlockTokens <= sequence->num_computed);
+        SPILLWAY_CHECK(sequence->restoring.empty() ||
+                       sequence->blocks.size() ==
+                           static_cast<std::size_t>(sequence->load_begin) + sequence->restoring.size());
         break;
     }
   }

@@ -4,16 +4,27 @@
 // own.
 //
 //   waiting   in rank order (see Sequence): by priority where the policy says so, then by arrival
+//   fresh     (kappa) looked at: lower tiers have nothing of its prefix that is worth loading; waits for compute
+//   held      (kappa) looked at: part of its prefix is to be loaded; waits for its tenant's turn on the link
 //   awaiting  a running sequence is computing part of its prefix; waits again once that is published or given up
 //   loading   part of the prefix is coming up from a lower tier; holds blocks
 //   ready     it has come (as much of it as was sound); holds blocks
-//   running   in order of admission; holds blocks
+//   running   in order of admission; holds blocks. A split one computes the head of its prefix while the tail comes up
 //
 // A step serves decoding sequences first, then running prefills, then ready ones, then admits from waiting. A running
-// sequence that finds no block revokes the newest loads, then preempts the runner of the last rank (itself if that is
-// it), whose published blocks stay findable, here or below. The runner of the first rank is never preempted for
-// another, and every accepted sequence fits the pool alone: so some sequence always progresses. A plan is empty only
-// while transfers are about to give blocks back or bring them up.
+// sequence that finds no block revokes the newest loads and split tails, then preempts the runner of the last rank
+// (itself if that is it), whose published blocks stay findable, here or below. The runner of the first rank is never
+// preempted for another, and every accepted sequence fits the pool alone: so some sequence always progresses. A plan is
+// empty only while transfers are about to give blocks back or bring them up.
+//
+// What lower tiers have of a prefix is loaded, recomputed from its tokens, or split, as LoadChoice says; a lost block
+// is computed, and what follows it.
+//
+// Policy kappa plans the link with the step. A load is started only while the link has less to do than the step will
+// take, so that both stay busy and what waits for the link holds no blocks; fresh sequences fill the step meanwhile.
+// Tokens that would be left over in a step go to recomputing the head of the next load, where that ends sooner. Ageing:
+// a sequence that was refused for lack of room is passed by later ones for ageing_seconds at most. From then on nothing
+// later is admitted before it: it runs when those admitted before it have given back the blocks it lacks.
 //
 // A waiting sequence that found no room is looked at again only once as many blocks are available as it lacked: what
 // waits costs a step nothing.
@@ -29,7 +40,9 @@
 
 #include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
+#include "engine/cost_model.h"
 #include "engine/engine.h"
+#include "engine/link_share.h"
 #include "engine/scheduling_policy.h"
 #include "engine/sequence.h"
 #include "engine/step_plan.h"
@@ -45,10 +58,14 @@ class Scheduler {
     std::int32_t long_prefill_token_threshold = 0;  // 0 = the budget
     bool enable_prefix_caching = true;
     SchedulingPolicy policy = SchedulingPolicy::kFcfs;
+    LoadChoice load_choice = LoadChoice::kAuto;
+    double ageing_seconds = 1;
   };
 
-  // `store` outlives the scheduler. `chain` names blocks.
-  Scheduler(KvStore& store, const KeyChain& chain, const Options& options, EngineObserver* observer);
+  // `store` and `costs` outlive the scheduler. `chain` names blocks. `costs`: null where speeds are unknown; then what
+  // can be loaded is, at once.
+  Scheduler(KvStore& store, const KeyChain& chain, const Options& options, EngineObserver* observer,
+            const CostModel* costs = nullptr);
   ~Scheduler();
 
   void Add(std::unique_ptr<Sequence> sequence);
@@ -90,12 +107,31 @@ class Scheduler {
   bool HasRoomFor(const Sequence& sequence) const;
   bool IsIdle() const { return running_.empty() && loading_.empty() && ready_.empty(); }
   void AdmitReady(StepPlan& plan, double now);
+  bool Settle(Sequence& sequence);
+  void GiveUpTail(Sequence& sequence);
+
+  // scheduler_admission.cc
   void Admit(StepPlan& plan, double now);
+  void AdmitByKappa(StepPlan& plan, double now);
+  void Examine();
+  bool IsFull(const StepPlan& plan) const { return plan.num_tokens >= options_.max_num_batched_tokens; }
+  bool HasSeat() const { return num_running() + num_loading() < options_.max_num_seqs; }
+  bool IsLinkIdleSoon() const;
+  bool MustYield(const Sequence& sequence, const Sequence* other, double now) const;
+  bool TryAdmit(Sequence& sequence, StepPlan& plan, double now);
+  bool RecomputeHeld(Sequence& sequence, StepPlan& plan, double now);
+  std::span<const BlockKey> MatchPrefix(Sequence& sequence);
+  std::size_t CountBelow(const Sequence& sequence, std::span<const BlockKey> missing) const;
   bool AwaitClaim(Sequence& sequence, std::span<const BlockKey> missing);
   void Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockKey> missing, double now);
+  void LeaveQueue(Sequence& sequence);
   bool Matches(const Sequence& sequence) const;
   std::span<const BlockKey> MatchableKeys(const Sequence& sequence) const;
-  bool StartLoading(Sequence& sequence, std::span<const BlockKey> below);
+  static Prefill PrefillOf(const Sequence& sequence, std::size_t num_below);
+  Restoration Choose(const Prefill& prefill, const Backlog& backlog) const;
+  Backlog CurrentBacklog() const;
+  void StartLoading(Sequence& sequence, std::span<const BlockKey> below, const Restoration& restoration);
+
   void Run(Sequence& sequence, StepPlan& plan, double now);
   void Wait(Sequence& sequence);
   void BackToWaiting(Sequence& sequence);
@@ -110,11 +146,16 @@ class Scheduler {
   const Options options_;
   EngineObserver* const observer_;
   absl::flat_hash_map<std::uint64_t, std::unique_ptr<Sequence>> by_id_;
+  const CostModel* const costs_;
   absl::btree_set<Sequence*, FirstInRank> waiting_;
+  absl::btree_set<Sequence*, FirstInRank> fresh_;
+  LinkShare held_;
   std::vector<Sequence*> loading_;
   std::deque<Sequence*> ready_;
   std::vector<Sequence*> running_;
+  std::vector<Sequence*> splits_;  // of running_: those with restores
   absl::flat_hash_map<BlockKey, Claim> claims_;
+  StepWork work_;  // of the step being planned
   std::uint64_t num_arrived_ = 0;
 };
 

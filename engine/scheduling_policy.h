@@ -1,7 +1,7 @@
 #pragma once
 
 // SchedulingPolicy: the order in which waiting sequences are admitted, and which runner gives way. Data for the one
-// Scheduler.
+// Scheduler, as is LoadChoice.
 
 #include <array>
 #include <cstdint>
@@ -13,9 +13,16 @@ namespace spillway {
 enum class SchedulingPolicy : std::uint8_t {
   kFcfs,      // in order of arrival
   kPriority,  // the lowest number first, ties in order of arrival; the highest number gives way first
+  kKappa,     // in order of arrival within each resource: what is to load waits for the link, the rest for compute
 };
 
-inline constexpr std::array<std::string_view, 2> kSchedulingPolicyNames = {"fcfs", "priority"};
+inline constexpr std::array<std::string_view, 3> kSchedulingPolicyNames = {"fcfs", "priority", "kappa"};
+
+// How what lower tiers have of a prefix comes to the device. Auto: the fastest of the three by the cost model; without
+// one, load.
+enum class LoadChoice : std::uint8_t { kAuto, kLoad, kRecompute, kSplit };
+
+inline constexpr std::array<std::string_view, 4> kLoadChoiceNames = {"auto", "load", "recompute", "split"};
 
 inline std::string_view NameOf(SchedulingPolicy policy) {
   return kSchedulingPolicyNames[static_cast<std::size_t>(policy)];
@@ -23,6 +30,12 @@ inline std::string_view NameOf(SchedulingPolicy policy) {
 inline std::optional<SchedulingPolicy> SchedulingPolicyNamed(std::string_view name) {
   for (std::size_t i = 0; i < kSchedulingPolicyNames.size(); ++i) {
     if (kSchedulingPolicyNames[i] == name) return static_cast<SchedulingPolicy>(i);
+  }
+  return std::nullopt;
+}
+inline std::optional<LoadChoice> LoadChoiceNamed(std::string_view name) {
+  for (std::size_t i = 0; i < kLoadChoiceNames.size(); ++i) {
+    if (kLoadChoiceNames[i] == name) return static_cast<LoadChoice>(i);
   }
   return std::nullopt;
 }

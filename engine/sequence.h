@@ -6,8 +6,9 @@
 //   KV      [0, num_published * 16) findable; [.., num_computed) written; [num_computed, blocks * 16) reserved
 //
 // A loading sequence waits for restores of blocks [num_published, blocks). A running sequence computes [num_computed,
-// size); the step that reaches size samples the next token. Preemption sets num_computed to 0 and keeps the tokens:
-// what was sampled is computed again as prompt, never sampled again.
+// size); the step that reaches size samples the next token. A split one, while it has restores, computes up to
+// load_begin only; then what has come up soundly counts as computed. Preemption sets num_computed to 0 and keeps the
+// tokens: what was sampled is computed again as prompt, never sampled again.
 //
 // Its rank among others is (rank, arrival), lower first. Engine thread only.
 
@@ -23,7 +24,7 @@
 namespace spillway {
 
 // The queue of the Scheduler that holds it.
-enum class Place : std::uint8_t { kWaiting, kAwaiting, kLoading, kReady, kRunning };
+enum class Place : std::uint8_t { kWaiting, kFresh, kHeld, kAwaiting, kLoading, kReady, kRunning };
 
 struct Sequence {
   SequenceRequest request;
@@ -36,12 +37,16 @@ struct Sequence {
   std::int32_t num_published = 0;  // blocks
   std::int32_t num_planned = 0;    // tokens in the step being planned or run
   std::int32_t num_claimed = 0;    // keys [num_published, num_claimed) are announced as being computed
-  std::vector<std::shared_ptr<Restoring>> restoring;  // one per block at the end of `blocks`, while loading
+  std::int32_t load_begin = 0;     // while blocks are coming up: the first of them; those before are computed
+  std::vector<std::shared_ptr<Restoring>> restoring;  // of blocks [load_begin, blocks), one each
   Place place = Place::kWaiting;
-  std::int32_t rank = 0;         // the request's priority where the policy heeds it, else 0
-  std::uint64_t arrival = 0;     // 1, 2, ... in order of arrival
-  BlockKey awaited;              // while awaiting: the last block of its prefix that is being computed
-  std::int64_t num_lacking = 0;  // while waiting, after it found no room: available blocks it takes to look again
+  std::int32_t rank = 0;           // the request's priority where the policy heeds it, else 0
+  std::uint64_t arrival = 0;       // 1, 2, ... in order of arrival
+  BlockKey awaited;                // while awaiting: the last block of its prefix that is being computed
+  double refused_at = 0;           // while waiting: when it was first refused for lack of room; 0: it was not
+  std::int64_t num_lacking = 0;    // while waiting, after it found no room: available blocks it takes to look again
+  std::int64_t seen_resident = 0;  // while held: tokens that the device tier had of its prefix when it was looked at
+  std::int64_t seen_below = 0;     // and tokens after these that lower tiers had
   bool was_scheduled = false;
 
   // Seconds on the engine's clock; 0 = not yet.
@@ -56,6 +61,8 @@ struct Sequence {
   std::int32_t num_outputs() const { return size() - num_prompt; }
   std::int32_t num_uncomputed() const { return size() - num_computed; }
 };
+
+inline std::int32_t BlocksFor(std::int32_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
 
 struct FirstInRank {
   bool operator()(const Sequence* a, const Sequence* b) const {

@@ -88,6 +88,7 @@ class KvStore {
   bool Collect();
   // Blocks that only transfers hold: they come back without anyone's doing.
   std::uint32_t num_returning() const;
+  std::size_t num_restoring() const { return restoring_.size(); }  // blocks on their way up
   bool has_transfers() const { return !outstanding_.empty(); }
 
   // Releases back to front, so that a prefix's tail is evicted before its head.

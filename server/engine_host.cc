@@ -204,6 +204,7 @@ EngineOptions EngineOptionsOf(const Options& options, const Capacity& capacity) 
   engine.long_prefill_token_threshold = static_cast<std::int32_t>(options.scheduling.long_prefill_token_threshold);
   engine.max_queued_requests = static_cast<std::int32_t>(options.scheduling.max_num_queued_reqs);
   engine.scheduling_policy = SchedulingPolicyNamed(options.scheduling.policy).value();
+  engine.load_choice = LoadChoiceNamed(options.scheduling.load_choice).value();
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;
   engine.prefix_hash_seed = options.cache.prefix_hash_seed;
   engine.stall_timeout = absl::Seconds(options.life.engine_stall_timeout);
@@ -274,6 +275,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   ServiceOptions service;
   service.model_names = options.model.served_names;
   if (service.model_names.empty()) service.model_names = {options.model.model};
+  service.cache_salt_by_tenant = options.cache.cache_salt_by_tenant;
   host.metrics = Metrics::Make(service.model_names.front(), static_cast<int>(capacity.max_model_len), num_engines);
 
   EngineOptions engine = EngineOptionsOf(options, capacity);

@@ -4,7 +4,8 @@
 
 #include <grpcpp/grpcpp.h>
 
-#include <algorithm>
+#include <cstddef>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,18 +14,19 @@
 
 namespace spillway {
 
-// Compared in constant time: how long it takes tells lengths only.
-inline bool IsOneOf(std::string_view offered, const std::vector<std::string>& keys) {
-  bool is_found = false;
-  for (const std::string& key : keys) {
+// Where it is among the keys. Compared in constant time: how long it takes tells lengths only.
+inline std::optional<std::size_t> PositionOf(std::string_view offered, const std::vector<std::string>& keys) {
+  std::optional<std::size_t> found;
+  for (std::size_t k = 0; k < keys.size(); ++k) {
+    const std::string& key = keys[k];
     auto difference = static_cast<unsigned char>(offered.size() == key.size() ? 0 : 1);
     for (std::size_t i = 0; i < offered.size(); ++i) {
       const char expected = key.empty() ? '\0' : key[i % key.size()];
       difference = static_cast<unsigned char>(difference | (offered[i] ^ expected));
     }
-    is_found = is_found || difference == 0;
+    if (difference == 0) found = k;
   }
-  return is_found;
+  return found;
 }
 
 inline std::string Metadata(const grpc::CallbackServerContext& context, const std::string& name) {
@@ -33,14 +35,18 @@ inline std::string Metadata(const grpc::CallbackServerContext& context, const st
   return {found->second.data(), found->second.size()};
 }
 
-// UNAUTHENTICATED unless `keys` is empty or `authorization` is "Bearer " and one of them.
-inline grpc::Status CheckKey(const grpc::CallbackServerContext& context, const std::vector<std::string>& keys) {
-  if (keys.empty()) return grpc::Status::OK;
+// Which of `keys` the call's `authorization: Bearer <key>` is.
+inline std::optional<std::size_t> KeyOf(const grpc::CallbackServerContext& context,
+                                        const std::vector<std::string>& keys) {
   constexpr std::string_view kScheme = "Bearer ";
   const std::string header = Metadata(context, "authorization");
-  if (header.starts_with(kScheme) && IsOneOf(std::string_view(header).substr(kScheme.size()), keys)) {
-    return grpc::Status::OK;
-  }
+  if (!header.starts_with(kScheme)) return std::nullopt;
+  return PositionOf(std::string_view(header).substr(kScheme.size()), keys);
+}
+
+// UNAUTHENTICATED unless `keys` is empty or the call has one of them.
+inline grpc::Status CheckKey(const grpc::CallbackServerContext& context, const std::vector<std::string>& keys) {
+  if (keys.empty() || KeyOf(context, keys)) return grpc::Status::OK;
   return {grpc::StatusCode::UNAUTHENTICATED, "the metadata `authorization: Bearer <key>` is missing or wrong"};
 }
 

@@ -9,6 +9,7 @@
 #include "kernels/status_macros.h"
 #include "server/grpc_access.h"
 #include "server/grpc_request.h"
+#include "server/tenant.h"
 
 namespace spillway {
 namespace {
@@ -221,6 +222,9 @@ absl::StatusOr<GenerationRequest> InferenceCalls::Prepare(const grpc::CallbackSe
   ASSIGN_OR_RETURN(GenerationRequest prepared,
                    ToGenerationRequest(request, service_.engine().model().generation_defaults()));
   if (prepared.request_id.empty()) prepared.request_id = Metadata(context, "x-request-id");
+  std::string fairness_id = Metadata(context, kFairnessHeaders[0]);
+  if (fairness_id.empty()) fairness_id = Metadata(context, kFairnessHeaders[1]);
+  prepared.tenant = TenantOf(fairness_id, KeyOf(context, api_keys_));
   return prepared;
 }
 

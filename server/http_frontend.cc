@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <random>
 #include <span>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "server/openai_format.h"
 #include "server/openai_json.h"
 #include "server/openai_request.h"
+#include "server/tenant.h"
 
 namespace spillway {
 namespace {
@@ -40,6 +42,7 @@ struct Call {
   std::shared_ptr<HttpExchange> exchange;
   HttpHeaders headers;     // of every answer to it
   std::string request_id;  // X-Request-Id, empty: none
+  std::string tenant;
 
   void Answer(HttpResponse response) const {
     response.headers.insert(response.headers.end(), headers.begin(), headers.end());
@@ -71,7 +74,7 @@ class OpenAiApi {
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
       metrics_.OnHttpRequest(handler, method, status, seconds.count());
     });
-    Call call{.exchange = std::move(exchange), .headers = {}, .request_id = {}};
+    Call call{.exchange = std::move(exchange), .headers = {}, .request_id = {}, .tenant = {}};
     if (!request.request_id.empty() && request.request_id.size() <= 256 && IsPrintable(request.request_id)) {
       call.request_id = request.request_id;
       call.headers.emplace_back("X-Request-Id", request.request_id);
@@ -84,7 +87,8 @@ class OpenAiApi {
           404,
           absl::StrCat(request.path, " is part of the control surface: start with --admin-api-key or --admin-port")));
     }
-    if (!MayCall(access, request)) {
+    const std::optional<std::size_t> key = KeyAmong(options_.api_keys, request);
+    if (!MayCall(access, request, key.has_value())) {
       return call.Answer(ErrorResponse(401, absl::StrCat("a valid ", access == Access::kAdmin ? "admin" : "API",
                                                          " key is needed: Authorization: Bearer <key>")));
     }
@@ -94,6 +98,7 @@ class OpenAiApi {
       response.headers.emplace_back("Allow", absl::StrJoin(allowed, ", "));
       return call.Answer(std::move(response));
     }
+    call.tenant = TenantOf(request.fairness_id, key);
     (this->*route->handle)(std::move(request), std::move(call));
   }
 
@@ -108,23 +113,28 @@ class OpenAiApi {
   };
   static std::span<const Route> Routes();
 
-  bool MayCall(Access access, const HttpRequest& request) const {
+  bool MayCall(Access access, const HttpRequest& request, bool has_api_key) const {
     if (access == Access::kOpen) return true;
-    if (access == Access::kAdmin) return options_.is_admin_port || HasKey(request, {options_.admin_api_key});
-    return options_.api_keys.empty() || HasKey(request, options_.api_keys);
+    if (access == Access::kAdmin) {
+      return options_.is_admin_port || KeyAmong({options_.admin_api_key}, request).has_value();
+    }
+    return options_.api_keys.empty() || has_api_key;
   }
-  static bool HasKey(const HttpRequest& request, const std::vector<std::string>& keys) {
+  // The position of the request's key among `keys`.
+  static std::optional<std::size_t> KeyAmong(const std::vector<std::string>& keys, const HttpRequest& request) {
     constexpr std::string_view kScheme = "bearer ";
     std::string_view value = request.authorization;
     const bool has_scheme =
         value.size() >= kScheme.size() && std::ranges::equal(value.substr(0, kScheme.size()), kScheme, {}, [](char c) {
           return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
         });
-    if (!has_scheme) return false;
+    if (!has_scheme) return std::nullopt;
     value.remove_prefix(kScheme.size());
-    bool is_found = false;
-    for (const std::string& key : keys) is_found |= EqualInConstantTime(value, key);
-    return is_found;
+    std::optional<std::size_t> found;
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      if (EqualInConstantTime(value, keys[i])) found = i;
+    }
+    return found;
   }
 
   OnUnknownField UnknownFieldCounter() {
@@ -156,6 +166,7 @@ class OpenAiApi {
       auto read = ReadOpenAiRequest(kind, body, chat_template_, UnknownFieldCounter());
       if (!read.ok()) return read.status();
       if (absl::Status status = service_.CheckModel(read->model); !status.ok()) return status;
+      for (GenerationRequest& generation : read->generations) generation.tenant = caller.tenant;
       std::string id = read->request_id;
       if (id.empty()) id = caller.request_id;
       if (id.empty()) {

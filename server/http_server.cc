@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/http_exchange.h"
+#include "server/tenant.h"
 
 namespace spillway {
 namespace {
@@ -177,7 +178,9 @@ class Session : public std::enable_shared_from_this<Session> {
                         .path = std::string(target.substr(0, target.find_first_of("?#"))),
                         .body = std::move(message.body()),
                         .authorization = std::string(AsView(message[http::field::authorization])),
-                        .request_id = std::string(AsView(message["X-Request-Id"]))};
+                        .request_id = std::string(AsView(message["X-Request-Id"])),
+                        .fairness_id = std::string(AsView(message[kFairnessHeaders[0]]))};
+    if (request.fairness_id.empty()) request.fairness_id = AsView(message[kFairnessHeaders[1]]);
     QueuedExchange::Options options{.is_head = message.method() == http::verb::head,
                                     .is_keep_alive = message.keep_alive() && !hub_.is_stopping,
                                     .is_http10 = message.version() < 11};

@@ -25,6 +25,7 @@ struct HttpRequest {
   std::string body;
   std::string authorization;  // the headers that someone reads
   std::string request_id;
+  std::string fairness_id;  // the first of kFairnessHeaders
 };
 
 struct HttpResponse {

@@ -253,14 +253,31 @@ std::vector<OptionRow> MakeTable() {
        .help = "First parent of the block hash chain. Equal seeds give equal hashes across processes.",
        .vllm = "PYTHONHASHSEED",
        .environment = "PYTHONHASHSEED"},
+      {.name = "cache-salt-by-tenant",
+       .commands = kServe,
+       .kind = kFlag,
+       .target = SPILLWAY_AT(cache.cache_salt_by_tenant),
+       .group = "KV cache",
+       .help = "Share cached prefixes only within a tenant: the x-gateway-inference-fairness-id (or "
+               "x-llm-d-inference-fairness-id) header, else the API key (key-1, key-2, ...), else default."},
       // Scheduling
       {.name = "scheduling-policy",
        .commands = kEngines,
        .target = SPILLWAY_AT(scheduling.policy),
        .choices = {kSchedulingPolicyNames.begin(), kSchedulingPolicyNames.end()},
        .group = "Scheduling",
-       .help = "Who is admitted first: fcfs by arrival; priority by the requests' `priority`, lower first.",
+       .help = "Who is admitted first: fcfs by arrival; priority by the requests' `priority`, lower first; kappa by "
+               "arrival "
+               "within what waits for the link and what waits for compute, so that both stay busy.",
        .vllm = "--scheduling-policy"},
+      {.name = "kv-load-choice",
+       .commands = kEngines,
+       .target = SPILLWAY_AT(scheduling.load_choice),
+       .choices = {kLoadChoiceNames.begin(), kLoadChoiceNames.end()},
+       .group = "Scheduling",
+       .help =
+           "How what lower tiers have of a prefix comes to the device: load it, recompute it, or split (recompute its "
+           "head while its tail loads). auto: what the cost model finds fastest for each request."},
       {.name = "max-num-seqs",
        .commands = kEngines | kReplay,
        .kind = kCount,

@@ -59,10 +59,12 @@ struct CacheChoice {
   std::int64_t cpu_link_bandwidth = 0;       // bytes per second; 0: not paced
   double cpu_link_latency = 0;               // seconds
   std::int64_t kv_offloading_bandwidth = 0;  // bytes per second; 0: no cap
+  bool cache_salt_by_tenant = false;
 };
 
 struct SchedulingChoice {
   std::string policy = "fcfs";
+  std::string load_choice = "auto";
   std::int64_t max_num_seqs = 256;
   std::int64_t max_num_batched_tokens = 2048;
   std::int64_t long_prefill_token_threshold = 0;  // 0: the whole budget

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/kernels.h"
 #include "kernels/status_macros.h"
+#include "server/tenant.h"
 
 namespace spillway {
 namespace {
@@ -105,6 +106,10 @@ absl::Status CheckRequest(const GenerationRequest& request, const ServiceOptions
   if (request.request_id.size() > kMaxRequestIdBytes) {
     return InvalidField("request_id", absl::StrCat("request_id has ", request.request_id.size(), " bytes, at most ",
                                                    kMaxRequestIdBytes, " are allowed"));
+  }
+  if (request.tenant.size() > kMaxTenantBytes) {
+    return InvalidField(kFairnessHeaders[0], absl::StrCat(kFairnessHeaders[0], " has ", request.tenant.size(),
+                                                          " bytes, at most ", kMaxTenantBytes, " are allowed"));
   }
   RETURN_IF_ERROR(ExpectIn("n", request.n, 1, options.max_choices));
   RETURN_IF_ERROR(CheckSampling(request));

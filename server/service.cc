@@ -73,6 +73,7 @@ class GenerationHost {
   virtual ~GenerationHost() = default;
   virtual Engine& engine() = 0;
   virtual const Tokenizer& tokenizer() const = 0;
+  virtual const ServiceOptions& options() const = 0;
   virtual void Post(std::function<void()> work) = 0;
   virtual std::uint64_t NextSequenceId() = 0;
   virtual void Release(const LiveGeneration& generation) = 0;  // its request id is free again
@@ -304,8 +305,9 @@ class LiveGeneration : public Generation, public std::enable_shared_from_this<Li
                            .choice = static_cast<std::uint32_t>(index),
                            .prompt = prompt,
                            .sampling = sampling,
-                           .cache_salt = request_.cache_salt,
+                           .cache_salt = SaltOf(request_),
                            .bypass_prefix_cache = request_.bypass_prefix_cache,
+                           .tenant = request_.tenant,
                            .priority = static_cast<std::int32_t>(request_.priority),
                            .sink = std::make_shared<ChoiceSink>(shared_from_this(), static_cast<std::size_t>(index))});
     }
@@ -313,6 +315,12 @@ class LiveGeneration : public Generation, public std::enable_shared_from_this<Li
     listener_->OnPrompt({id_, std::move(prompt)});
     if (is_cancelled) AbortChoices();
     return absl::OkStatus();
+  }
+
+  // A tenant's name has no line break, so no two pairs give the same salt.
+  std::string SaltOf(const GenerationRequest& request) const {
+    if (!host_.options().cache_salt_by_tenant) return request.cache_salt;
+    return absl::StrCat(request.tenant, "\n", request.cache_salt);
   }
 
   void End(const absl::Status& status) {

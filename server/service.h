@@ -24,6 +24,7 @@ struct ServiceOptions {
   std::vector<std::string> model_names;  // the served name and its aliases; the first is reported
   int num_threads = 2;                   // tokenizing, detokenizing
   int max_choices = 128;                 // n
+  bool cache_salt_by_tenant = false;     // prefix-cache entries are shared within a tenant only
   std::size_t max_prompt_bytes = 16U << 20U;
   // A client that lets this much text wait is too slow: its generation is cancelled.
   std::size_t max_pending_bytes = 4U << 20U;
@@ -51,6 +52,7 @@ struct GenerationRequest {
   std::string cache_salt;
   bool bypass_prefix_cache = false;
   std::int64_t priority = 0;
+  std::string tenant = "default";  // see TenantOf
 };
 
 struct PromptInfo {

@@ -1,63 +1,150 @@
-// Scenario tests: text files that drive Scheduler and KvStore with a runner that computes nothing.
+// Scenario tests: text files that drive Scheduler and KvStore with a runner that computes nothing and a link that moves
+// blocks when it is told to.
 //
-//   pool B seqs S budget T chunk C [caching off] [policy P]     once, first
-//   submit NAME PROMPT out N [same NAME2 SHARED] [priority P]   prompt tokens are unique to NAME; the first SHARED
-//   equal
-//                                                               NAME2's
+//   pool B seqs S budget T chunk C [KEY VALUE]...    once, first
+//        caching on|off   policy fcfs|priority|kappa   choice auto|load|recompute|split   host BLOCKS
+//        ageing SECONDS   link, compute: tokens per second; without them speeds are unknown
+//   submit NAME PROMPT out N [same NAME2 SHARED] [priority P] [tenant T]
+//        prompt tokens are unique to NAME; the first SHARED equal NAME2's
 //   cancel NAME
-//   reset                                            forget cold blocks
-//   step: LIST [; wait LIST] [; preempted N] [; done LIST] [; hit N]
-//        LIST of NAME:TOKENS in the plan's order, * where the last token is sampled; waiting in order
+//   reset                                            the device tier forgets cold blocks
+//   stored                                           every published block reaches the host tier
+//   lose N                                           of the restores to come, the Nth fails
+//   loaded                                           every block on its way up arrives
+//   time SECONDS                                     of the steps that follow
+//   step: LIST [; wait LIST] [; load LIST] [; preempted N] [; done LIST] [; hit N]
+//        LIST of NAME:TOKENS in the plan's order, * where the last token is sampled; waiting in order; NAME:BLOCKS on
+//        their way up. `nothing` where the plan is empty
 //   steps N                                          that many steps, nothing expected
 //   drain                                            steps until no work is left; fails after 10,000
-//   expect held N cold N
+//   expect held N [cold N]
+//   expect loading N                                 sequences with blocks on their way up
 
 #include "engine/scheduler.h"
 
+#include <algorithm>
+#include <condition_variable>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "gtest/gtest.h"
+#include "kvstore/transfer_engine.h"
 
 namespace spillway {
 namespace {
 
 constexpr KvLayout kTinyLayout{.num_layers = 1, .num_kv_heads = 1, .head_dim = 2, .dtype = DType::kF32};
 
+// Holds restores back, and loses some, through the transfer engine's hook.
+class Link {
+ public:
+  absl::Status Pass(const Transfer& transfer) {
+    if (transfer.kind == Transfer::Kind::kStore) return absl::OkStatus();
+    std::unique_lock lock(mutex_);
+    ++num_held_;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return is_open_; });
+    --num_held_;
+    return ++num_passed_ == lost_ ? absl::DataLossError("lost") : absl::OkStatus();
+  }
+  void Open(bool is_open) {
+    const std::lock_guard lock(mutex_);
+    is_open_ = is_open;
+    changed_.notify_all();
+  }
+  void Lose(int n) {
+    const std::lock_guard lock(mutex_);
+    lost_ = num_passed_ + n;
+  }
+  void Wake() {
+    const std::lock_guard lock(mutex_);
+    ++num_ended_;
+    changed_.notify_all();
+  }
+  int num_ended() const {
+    const std::lock_guard lock(mutex_);
+    return num_ended_;
+  }
+  void AwaitMoreThan(int num_ended) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return num_ended_ > num_ended; });
+  }
+  // The first restore has begun, so that it is the one that can no longer be cancelled; or something has ended since.
+  void AwaitHeld(int num_ended) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return num_held_ > 0 || num_ended_ > num_ended; });
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  bool is_open_ = false;
+  int num_held_ = 0;
+  int num_passed_ = 0;
+  int num_ended_ = 0;
+  int lost_ = 0;
+};
+
+struct Setup {
+  std::uint32_t pool = 0;
+  std::uint32_t host = 0;  // blocks; 0: no host tier
+  Scheduler::Options options;
+  double link = 0;  // tokens per second, as compute; 0: unknown
+  double compute = 0;
+};
+
+// A token costs one FLOP and one block's sixteenth of bytes, whatever is before it.
+std::optional<CostModel> CostsOf(const Setup& setup) {
+  if (setup.link == 0) return std::nullopt;
+  const double block_bytes = static_cast<double>(kTinyLayout.block_bytes());
+  LinkSpeed link;
+  link.Measure(block_bytes, block_bytes, kBlockTokens / setup.link, 1);
+  return CostModel({.flops_per_token = 1, .kv_bytes_per_token = block_bytes / kBlockTokens},
+                   {.linear_flops_per_second = setup.compute,
+                    .attention_flops_per_second = 1e18,
+                    .kv_bytes_per_second = 1e18,
+                    .step_floor_seconds = 0},
+                   link, block_bytes);
+}
+
 class World {
  public:
-  World(std::uint32_t pool, std::int32_t seqs, std::int32_t budget, std::int32_t chunk, bool caching,
-        SchedulingPolicy policy)
+  explicit World(const Setup& setup)
       : device_(*MakeCpuDevice({})),
-        host_(MakeNullHostTier()),
-        store_(*KvStore::Make(*device_, *host_,
-                              {.layout = kTinyLayout,
-                               .num_blocks = pool,
-                               .caching = caching ? PrefixCaching::kOn : PrefixCaching::kOff,
-                               .pacing = {},
-                               .before_copy = nullptr},
-                              [] {})),
-        scheduler_(*store_, chain_,
-                   {.max_num_seqs = seqs,
-                    .max_num_batched_tokens = budget,
-                    .long_prefill_token_threshold = chunk,
-                    .enable_prefix_caching = caching,
-                    .policy = policy},
-                   nullptr) {}
+        host_(setup.host == 0
+                  ? MakeNullHostTier()
+                  : MakeHostTier(*device_->Allocate(MemoryKind::kPinnedHost, setup.host * kTinyLayout.block_bytes()),
+                                 {.block_bytes = kTinyLayout.block_bytes(), .num_blocks = setup.host})),
+        store_(
+            *KvStore::Make(*device_, *host_,
+                           {.layout = kTinyLayout,
+                            .num_blocks = setup.pool,
+                            .caching = setup.options.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
+                            .pacing = {},
+                            .before_copy = [this](const Transfer& transfer) { return link_.Pass(transfer); }},
+                           [this] { link_.Wake(); })),
+        costs_(CostsOf(setup)),
+        scheduler_(*store_, chain_, setup.options, nullptr, costs_ ? &*costs_ : nullptr) {}
+  ~World() { link_.Open(true); }
 
   void Submit(const std::string& name, std::int32_t prompt, std::int32_t out, const std::string& same,
-              std::int32_t shared, std::int32_t priority) {
+              std::int32_t shared, std::int32_t priority, const std::string& tenant) {
     auto sequence = std::make_unique<Sequence>();
     sequence->request.priority = priority;
+    sequence->request.tenant = tenant;
     sequence->request.id = next_id_++;
     sequence->request.sampling.max_tokens = out;
     for (std::int32_t i = 0; i < prompt; ++i)
@@ -74,11 +161,23 @@ class World {
 
   void Cancel(const std::string& name) { scheduler_.Remove(scheduler_.Find(ids_.at(name))); }
   void Reset() { store_->EvictCold(); }
+  void SetTime(double now) { now_ = now; }
+  void Lose(int n) { link_.Lose(n); }
+  void AwaitStored() {
+    while (store_->has_transfers()) Collect();
+  }
+  void AwaitLoaded() {
+    link_.Open(true);
+    while (store_->num_restoring() > 0) Collect();
+    link_.Open(false);
+  }
 
   // One step, described in the form that scenarios expect.
   std::string Step() {
-    const StepPlan plan = scheduler_.Plan(0);
-    EXPECT_FALSE(plan.empty());
+    const int num_ended = link_.num_ended();
+    const StepPlan plan = scheduler_.Plan(now_);
+    EXPECT_TRUE(!plan.empty() || store_->has_transfers()) << "there is work and no step to make of it";
+    if (store_->num_restoring() > 0) link_.AwaitHeld(num_ended);
     std::vector<std::string> planned;
     std::int32_t hit = 0;
     for (const PlannedSequence& each : plan.sequences) {
@@ -87,8 +186,10 @@ class World {
       seen_[each.sequence->request.id] = true;
     }
     std::vector<std::string> waiting;
+    std::vector<std::string> loading;
     for (const Sequence* each : scheduler_.All()) {
       if (each->blocks.empty()) waiting.push_back(NameOf(*each));
+      if (!each->restoring.empty()) loading.push_back(absl::StrCat(NameOf(*each), ":", each->restoring.size()));
     }
     scheduler_.CheckInvariants();
     scheduler_.Computed(plan);
@@ -101,24 +202,42 @@ class World {
       scheduler_.Remove(each.sequence);
     }
     scheduler_.CheckInvariants();
-    std::string text = absl::StrJoin(planned, " ");
+    std::string text = planned.empty() ? "nothing" : absl::StrJoin(planned, " ");
     if (!waiting.empty()) absl::StrAppend(&text, "; wait ", absl::StrJoin(waiting, " "));
+    if (!loading.empty()) absl::StrAppend(&text, "; load ", absl::StrJoin(loading, " "));
     if (plan.num_preempted > 0) absl::StrAppend(&text, "; preempted ", plan.num_preempted);
     if (!done.empty()) absl::StrAppend(&text, "; done ", absl::StrJoin(done, " "));
     if (hit > 0) absl::StrAppend(&text, "; hit ", hit);
     return text;
   }
 
+  bool IsLive(const std::string& name) const { return scheduler_.Find(ids_.at(name)) != nullptr; }
   bool has_work() const { return scheduler_.has_work(); }
+  std::string Loading() const {
+    const std::vector<Sequence*> all = scheduler_.All();
+    return absl::StrCat("loading ",
+                        std::ranges::count_if(all, [](const Sequence* each) { return !each->restoring.empty(); }));
+  }
   std::string Usage() const { return absl::StrCat("held ", store_->num_held(), " cold ", store_->num_cold()); }
 
  private:
+  void Collect() {
+    const int num_ended = link_.num_ended();
+    if (store_->Collect()) {
+      scheduler_.Loaded();
+    } else if (store_->has_transfers()) {
+      link_.AwaitMoreThan(num_ended);
+    }
+  }
   const std::string& NameOf(const Sequence& sequence) const { return names_.at(sequence.request.id); }
 
   KeyChain chain_{"0"};
+  Link link_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<HostTier> host_;
   std::unique_ptr<KvStore> store_;
+  std::optional<CostModel> costs_;
+  double now_ = 0;
   Scheduler scheduler_;
   std::uint64_t next_id_ = 1;
   std::map<std::uint64_t, std::string> names_;
@@ -127,8 +246,36 @@ class World {
   std::map<std::uint64_t, bool> seen_;
 };
 
-void ReadPairs(std::istream& words, std::map<std::string, std::string>& pairs) {
-  for (std::string key; words >> key;) words >> pairs.at(key);
+Setup ReadSetup(std::istream& words) {
+  Setup setup;
+  Scheduler::Options& options = setup.options;
+  std::string skip;
+  words >> setup.pool >> skip >> options.max_num_seqs >> skip >> options.max_num_batched_tokens >> skip >>
+      options.long_prefill_token_threshold;
+  std::string value;
+  for (std::string key; words >> key;) {
+    if (key == "host") {
+      words >> setup.host;
+    } else if (key == "link") {
+      words >> setup.link;
+    } else if (key == "compute") {
+      words >> setup.compute;
+    } else if (key == "ageing") {
+      words >> options.ageing_seconds;
+    } else if (key == "caching") {
+      words >> value;
+      options.enable_prefix_caching = value == "on";
+    } else if (key == "policy") {
+      words >> value;
+      options.policy = SchedulingPolicyNamed(value).value();
+    } else if (key == "choice") {
+      words >> value;
+      options.load_choice = LoadChoiceNamed(value).value();
+    } else {
+      ADD_FAILURE() << "unknown key " << key;
+    }
+  }
+  return setup;
 }
 
 void RunScenario(const std::string& path) {
@@ -144,15 +291,7 @@ void RunScenario(const std::string& path) {
     words >> verb;
     std::string skip;
     if (verb == "pool") {
-      std::uint32_t pool = 0;
-      std::int32_t seqs = 0;
-      std::int32_t budget = 0;
-      std::int32_t chunk = 0;
-      words >> pool >> skip >> seqs >> skip >> budget >> skip >> chunk;
-      std::map<std::string, std::string> others = {{"caching", "on"}, {"policy", "fcfs"}};
-      ReadPairs(words, others);
-      world = std::make_unique<World>(pool, seqs, budget, chunk, others["caching"] == "on",
-                                      SchedulingPolicyNamed(others["policy"]).value());
+      world = std::make_unique<World>(ReadSetup(words));
     } else if (verb == "submit") {
       std::string name;
       std::int32_t prompt = 0;
@@ -161,17 +300,31 @@ void RunScenario(const std::string& path) {
       std::string same;
       std::int32_t shared = 0;
       std::int32_t priority = 0;
+      std::string tenant;
       for (std::string key; words >> key;) {
         if (key == "same") words >> same >> shared;
         if (key == "priority") words >> priority;
+        if (key == "tenant") words >> tenant;
       }
-      world->Submit(name, prompt, out, same, shared, priority);
+      world->Submit(name, prompt, out, same, shared, priority, tenant);
     } else if (verb == "cancel") {
       std::string name;
       words >> name;
       world->Cancel(name);
     } else if (verb == "reset") {
       world->Reset();
+    } else if (verb == "stored") {
+      world->AwaitStored();
+    } else if (verb == "loaded") {
+      world->AwaitLoaded();
+    } else if (verb == "lose") {
+      int n = 0;
+      words >> n;
+      world->Lose(n);
+    } else if (verb == "time") {
+      double now = 0;
+      words >> now;
+      world->SetTime(now);
     } else if (verb == "step:") {
       ASSERT_EQ(world->Step(), std::string(absl::StripAsciiWhitespace(line.substr(5))));
     } else if (verb == "steps") {
@@ -182,9 +335,13 @@ void RunScenario(const std::string& path) {
       for (int i = 0; world->has_work(); ++i) {
         ASSERT_LT(i, 10'000) << "no progress";
         world->Step();
+        world->AwaitLoaded();
+        world->AwaitStored();
       }
     } else if (verb == "expect") {
-      ASSERT_EQ(world->Usage(), std::string(absl::StripAsciiWhitespace(line.substr(6))));
+      const std::string expected(absl::StripAsciiWhitespace(line.substr(6)));
+      ASSERT_TRUE(absl::StartsWith(expected.starts_with("held") ? world->Usage() : world->Loading(), expected))
+          << world->Usage() << ", " << world->Loading();
     } else {
       FAIL() << "unknown verb " << verb;
     }
@@ -208,6 +365,76 @@ TEST_P(SchedulerScenario, Holds) {
 
 INSTANTIATE_TEST_SUITE_P(Scheduler, SchedulerScenario, ::testing::ValuesIn(Scenarios()),
                          [](const auto& test) { return test.param; });
+
+// Arrivals, cancellations, evictions, lost blocks and late links in any order: everything that is not cancelled
+// finishes, and nothing stays held.
+void RunAtRandom(SchedulingPolicy policy, LoadChoice choice, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  const auto below = [&](std::uint32_t limit) { return static_cast<std::int32_t>(random() % limit); };
+  Setup setup;
+  setup.pool = static_cast<std::uint32_t>(8 + below(9));
+  setup.host = below(2) == 0 ? 64 : 12;
+  setup.options.max_num_seqs = 2 + below(8);
+  setup.options.max_num_batched_tokens = 1 + below(80);
+  setup.options.long_prefill_token_threshold = below(3) * 9;
+  setup.options.policy = policy;
+  setup.options.load_choice = choice;
+  if (random() % 4 > 0) setup.link = setup.compute = 100;
+  setup.compute *= 1 + below(4);
+  World world(setup);
+  std::vector<std::string> names;
+  std::vector<std::int32_t> lengths;
+  double now = 0;
+  for (int i = 0; i < 80; ++i) {
+    const std::int32_t action = below(10);
+    if (action < 6) {
+      const std::int32_t prompt = 1 + below(110);
+      const std::size_t other = names.empty() ? 0 : random() % names.size();
+      const bool shares = !names.empty() && random() % 3 > 0;
+      names.push_back(absl::StrCat("s", i));
+      world.Submit(names.back(), prompt, 1 + below(static_cast<std::uint32_t>(128 - prompt)),
+                   shares ? names[other] : "", shares ? std::min(prompt, lengths[other]) : 0, below(3),
+                   absl::StrCat("t", below(3)));
+      lengths.push_back(prompt);
+    } else if (action == 6 && !names.empty()) {
+      const std::string& name = names[random() % names.size()];
+      if (world.IsLive(name)) world.Cancel(name);
+    } else if (action == 7) {
+      world.Reset();
+    } else if (action == 8) {
+      world.Lose(1 + below(4));
+    }
+    world.SetTime(now += 0.3);
+    if (world.has_work()) world.Step();
+    if (random() % 2 == 0) world.AwaitLoaded();
+    if (random() % 3 == 0) {
+      world.AwaitLoaded();
+      world.AwaitStored();
+    }
+  }
+  for (int i = 0; world.has_work(); ++i) {
+    ASSERT_LT(i, 10'000) << "no progress";
+    world.SetTime(now += 0.3);
+    world.Step();
+    world.AwaitLoaded();
+    world.AwaitStored();
+  }
+  EXPECT_TRUE(absl::StartsWith(world.Usage(), "held 0 ")) << world.Usage();
+}
+
+TEST(SchedulerProgress, AnyOrderOfArrivalsFinishes) {
+  for (const SchedulingPolicy policy :
+       {SchedulingPolicy::kFcfs, SchedulingPolicy::kPriority, SchedulingPolicy::kKappa}) {
+    for (const LoadChoice choice : {LoadChoice::kAuto, LoadChoice::kLoad, LoadChoice::kRecompute, LoadChoice::kSplit}) {
+      for (std::uint32_t seed = 1; seed <= 12; ++seed) {
+        SCOPED_TRACE(
+            absl::StrCat("policy ", static_cast<int>(policy), " choice ", static_cast<int>(choice), " seed ", seed));
+        RunAtRandom(policy, choice, seed);
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
 
 }  // namespace
 }  // namespace spillway

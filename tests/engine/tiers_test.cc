@@ -251,6 +251,49 @@ INSTANTIATE_TEST_SUITE_P(Engine, Tiers, ::testing::ValuesIn(Cases()), [](const a
          std::to_string(test.param.host) + (test.param.has_file ? "_file" : "");
 });
 
+struct AdmissionCase {
+  SchedulingPolicy policy;
+  LoadChoice choice;
+  std::int32_t chunk;
+};
+
+class Admission : public ::testing::TestWithParam<AdmissionCase> {};
+
+TEST_P(Admission, EveryStepIsBitIdentical) {
+  const auto [policy, choice, chunk] = GetParam();
+  EngineOptions options = Pool(12, chunk);
+  options.scheduling_policy = policy;
+  options.load_choice = choice;
+  Rig rig = Rig::Make(Folder(), options, {}, DTypeChoice::kAuto, nullptr, HostOf(400, {.verify = KvVerify::kOn}));
+  ExpectIdentical(RunRounds(rig));
+  const std::int64_t before = rig.host->stats().hits;
+  for (int i = 0; i < 300 && rig.host->stats().hits == before; ++i) {
+    EXPECT_TRUE(ForceRestore(rig));
+    if (choice == LoadChoice::kRecompute) break;
+  }
+  EXPECT_EQ(rig.host->stats().hits > before, choice != LoadChoice::kRecompute);
+  rig.engine.reset();
+  rig.host->CheckInvariants();
+  EXPECT_EQ(rig.host->stats().in_flight, 0) << "a host slot is still pinned";
+}
+
+std::vector<AdmissionCase> AdmissionCases() {
+  std::vector<AdmissionCase> cases;
+  for (const SchedulingPolicy policy :
+       {SchedulingPolicy::kFcfs, SchedulingPolicy::kPriority, SchedulingPolicy::kKappa}) {
+    for (const LoadChoice choice : {LoadChoice::kLoad, LoadChoice::kRecompute, LoadChoice::kSplit, LoadChoice::kAuto}) {
+      for (const std::int32_t chunk : {7, 512}) cases.push_back({policy, choice, chunk});
+    }
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiers, Admission, ::testing::ValuesIn(AdmissionCases()), [](const auto& test) {
+  return std::string(NameOf(test.param.policy)) + "_" +
+         std::string(kLoadChoiceNames[static_cast<std::size_t>(test.param.choice)]) + "_chunk" +
+         std::to_string(test.param.chunk);
+});
+
 // Cached copies that are lost, corrupted, or come late. Wraps the real tier through the interface that production uses.
 class FaultyHostTier : public HostTier {
  public:

@@ -368,6 +368,18 @@ TEST_F(GrpcTest, RequestIdComesFromTheMetadata) {
   EXPECT_TRUE(reader->Finish().ok());
 }
 
+TEST_F(GrpcTest, TenantIsTheFairnessMetadataElseTheKey) {
+  Start({.script = TextScript("a")}, {.api_keys = {"first", "second"}});
+  for (const bool has_header : {false, true}) {
+    grpc::ClientContext context;
+    context.AddMetadata("authorization", "Bearer second");
+    if (has_header) context.AddMetadata("x-llm-d-inference-fairness-id", "d");
+    vllm::GenerateResponse response;
+    EXPECT_TRUE(inference_->Generate(&context, TextRequest(), &response).ok());
+    EXPECT_EQ(engine_->submitted().back().tenant, has_header ? "d" : "key-2");
+  }
+}
+
 TEST_F(GrpcTest, KeysGuardInferenceButNotHealth) {
   Start({.script = TextScript("a")}, {.api_keys = {"key-1", "key-2"}});
   const auto with_header = [&](const std::string& header) {

@@ -126,6 +126,22 @@ TEST(Http, TheControlSurfaceNeedsItsKeyOrItsPort) {
   EXPECT_EQ(port.engine->num_resets(), 1);
 }
 
+TEST(Http, TenantIsTheFairnessHeaderElseTheKey) {
+  TestServer server([](auto& options) { options.frontend.api_keys = {"first", "second"}; });
+  Client client = server.Connect();
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"", "key-2"},
+      {"x-llm-d-inference-fairness-id: d\r\n", "d"},
+      {"X-Gateway-Inference-Fairness-Id: g\r\nx-llm-d-inference-fairness-id: d\r\n", "g"}};
+  for (const auto& [header, tenant] : cases) {
+    EXPECT_EQ(client.Post("/v1/completions", kShort, header + "Authorization: Bearer second\r\n").status, 200);
+    EXPECT_EQ(server.engine->submitted().back().tenant, tenant);
+  }
+  TestServer open;
+  EXPECT_EQ(open.Connect().Post("/v1/completions", kShort).status, 200);
+  EXPECT_EQ(open.engine->submitted().back().tenant, "default");
+}
+
 TEST(Http, KeepAliveAndPipelining) {
   TestServer server;
   Client client = server.Connect();

@@ -140,6 +140,28 @@ TEST_F(ServiceTest, PriorityReachesTheEngineUnderItsPolicyAndMustFit) {
   EXPECT_THAT(std::string(Generate(request)->Await().message()), HasSubstr("2147483648"));
 }
 
+TEST_F(ServiceTest, TenantsSharePrefixesUnlessTheyAreSalted) {
+  for (const bool is_salted : {false, true}) {
+    options_.cache_salt_by_tenant = is_salted;
+    service_.reset();
+    Make();
+    GenerationRequest request = Text("hi", 1);
+    request.cache_salt = "s";
+    for (const char* tenant : {"a", "b"}) {
+      request.tenant = tenant;
+      EXPECT_TRUE(Generate(request)->Await().ok());
+    }
+    const std::vector<SequenceRequest> submitted = engine_->submitted();
+    EXPECT_EQ(submitted[0].tenant, "a");
+    EXPECT_EQ(submitted[1].tenant, "b");
+    EXPECT_EQ(submitted[0].cache_salt == submitted[1].cache_salt, !is_salted);
+    EXPECT_EQ(submitted[0].cache_salt == "s", !is_salted);
+  }
+  GenerationRequest request = Text("hi", 1);
+  request.tenant = std::string(257, 't');
+  EXPECT_THAT(std::string(Generate(request)->Await().message()), HasSubstr("257"));
+}
+
 TEST_F(ServiceTest, OverLongPromptsNameBothLengthsAndTheLimit) {
   Make();
   auto heard = Generate(Text(std::string(4000, 'x'), 200));

@@ -1,0 +1,235 @@
+// The half of Scheduler that lets waiting sequences in.
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/scheduler.h"
+#include "kernels/check.h"
+
+namespace spillway {
+namespace {
+
+// Blocks of waiting sequences that are looked up in one step; what is beyond waits for the next one.
+constexpr std::size_t kMaxLookUps = 512;
+// The least that the link is given to do ahead, in seconds: it must not run dry between two steps.
+constexpr double kLeastLoadWindow = 0.01;
+
+}  // namespace
+
+void Scheduler::Admit(StepPlan& plan, double now) {
+  while (!waiting_.empty() && !IsFull(plan) && plan.num_preempted == 0 && HasSeat()) {
+    if (!TryAdmit(**waiting_.begin(), plan, now)) return;
+  }
+}
+
+void Scheduler::AdmitByKappa(StepPlan& plan, double now) {
+  Examine();
+  bool is_link_served = false;
+  bool is_compute_served = false;
+  while ((!is_link_served || !is_compute_served) && plan.num_preempted == 0 && HasSeat()) {
+    Sequence* const load = IsLinkIdleSoon() ? held_.Next() : nullptr;
+    Sequence* const fresh = fresh_.empty() || IsFull(plan) ? nullptr : *fresh_.begin();
+    is_link_served = load == nullptr || MustYield(*load, fresh, now) || !TryAdmit(*load, plan, now);
+    if (!is_link_served) continue;  // its queues have changed
+    is_compute_served = fresh == nullptr || MustYield(*fresh, held_.Next(), now) || !TryAdmit(*fresh, plan, now);
+    if (!is_compute_served) is_link_served = false;  // the step is longer now, so the link has more room
+  }
+  if (IsFull(plan) || plan.num_preempted > 0 || !HasSeat()) return;
+  if (Sequence* const next = held_.Next()) RecomputeHeld(*next, plan, now);
+}
+
+// Tells waiting sequences by the resource that they wait for.
+void Scheduler::Examine() {
+  for (std::size_t num_looked_up = 0; num_looked_up < kMaxLookUps && !waiting_.empty();) {
+    Sequence& sequence = **waiting_.begin();
+    const auto missing = MatchPrefix(sequence);
+    num_looked_up += 1 + sequence.keys.size();
+    if (AwaitClaim(sequence, missing)) continue;
+    const Prefill prefill = PrefillOf(sequence, CountBelow(sequence, missing));
+    const bool loads = Choose(prefill, {}).loaded > 0;
+    sequence.seen_below = prefill.below;
+    sequence.seen_resident = prefill.resident;
+    KvStore::Release(sequence.blocks);
+    LeaveQueue(sequence);
+    sequence.place = loads ? Place::kHeld : Place::kFresh;
+    if (loads) {
+      held_.Add(sequence);
+    } else {
+      fresh_.insert(&sequence);
+    }
+  }
+}
+
+// Whether what is on its way up will have come by the end of the step.
+bool Scheduler::IsLinkIdleSoon() const {
+  if (costs_ == nullptr) return true;
+  const auto tokens = static_cast<std::int64_t>(store_.num_restoring()) * kBlockTokens;
+  return costs_->LoadSeconds(tokens) <= std::max(costs_->StepSeconds(work_), kLeastLoadWindow);
+}
+
+// Ageing: `other` was refused for lack of room long ago, and this one came later.
+bool Scheduler::MustYield(const Sequence& sequence, const Sequence* other, double now) const {
+  return other != nullptr && other->refused_at > 0 && now - other->refused_at > options_.ageing_seconds &&
+         FirstInRank()(other, &sequence);
+}
+
+// Looks its prefix up and lets it go where it can: to running or loading, or to await a claim. False: no room.
+bool Scheduler::TryAdmit(Sequence& sequence, StepPlan& plan, double now) {
+  const std::int64_t num_available = store_.num_available();
+  if (!IsIdle() && num_available < sequence.num_lacking) return false;
+  const auto missing = MatchPrefix(sequence);
+  if (AwaitClaim(sequence, missing)) return true;
+  if (!HasRoomFor(sequence)) {
+    const std::int64_t num_taken = num_available - store_.num_available();  // by the match
+    sequence.num_lacking = BlocksFor(sequence.size()) - static_cast<std::int64_t>(sequence.blocks.size()) + num_taken;
+    if (sequence.refused_at == 0) sequence.refused_at = now;
+    KvStore::Release(sequence.blocks);
+    return false;
+  }
+  Leave(sequence, plan, missing, now);
+  return true;
+}
+
+// The link is busy and the step has tokens left: the sequence whose turn comes next begins now, if computing some of
+// what it was to load ends sooner.
+bool Scheduler::RecomputeHeld(Sequence& sequence, StepPlan& plan, double now) {
+  const Prefill prefill{.resident = sequence.seen_resident,
+                        .below = sequence.seen_below,
+                        .fresh = sequence.size() - sequence.seen_resident - sequence.seen_below};
+  return Choose(prefill, CurrentBacklog()).recomputed > 0 && TryAdmit(sequence, plan, now);
+}
+
+// Holds what the device tier has of the prefix; returns the keys that follow.
+std::span<const BlockKey> Scheduler::MatchPrefix(Sequence& sequence) {
+  GrowKeys(sequence);
+  const std::span<const BlockKey> keys = MatchableKeys(sequence);
+  sequence.blocks = store_.Match(keys, sequence.tokens);
+  return keys.subspan(sequence.blocks.size());
+}
+
+std::size_t Scheduler::CountBelow(const Sequence& sequence, std::span<const BlockKey> missing) const {
+  return store_.CountBelow(missing, std::span(sequence.tokens).subspan(sequence.blocks.size() * kBlockTokens));
+}
+
+bool Scheduler::Matches(const Sequence& sequence) const {
+  return options_.enable_prefix_caching && !sequence.request.bypass_prefix_cache;
+}
+
+// At least the last token is computed, since its logits are wanted.
+std::span<const BlockKey> Scheduler::MatchableKeys(const Sequence& sequence) const {
+  if (!Matches(sequence)) return {};
+  return std::span<const BlockKey>(sequence.keys).first(static_cast<std::size_t>((sequence.size() - 1) / kBlockTokens));
+}
+
+// Does not compute what a running sequence is about to publish: awaits the last of those blocks.
+bool Scheduler::AwaitClaim(Sequence& sequence, std::span<const BlockKey> missing) {
+  Claim* awaited = nullptr;
+  for (const BlockKey& key : missing) {
+    const auto claim = claims_.find(key);
+    if (claim == claims_.end()) break;
+    awaited = &claim->second;
+    sequence.awaited = key;
+  }
+  if (awaited == nullptr) return false;
+  KvStore::Release(sequence.blocks);
+  LeaveQueue(sequence);
+  sequence.place = Place::kAwaiting;
+  awaited->awaiting.push_back(&sequence);
+  return true;
+}
+
+void Scheduler::LeaveQueue(Sequence& sequence) {
+  switch (sequence.place) {
+    case Place::kFresh:
+      fresh_.erase(&sequence);
+      break;
+    case Place::kHeld:
+      held_.Remove(sequence);
+      break;
+    default:
+      waiting_.erase(&sequence);
+  }
+}
+
+// To loading where all that lower tiers have of its prefix is loaded first, else to running.
+void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockKey> missing, double now) {
+  sequence.num_published = static_cast<std::int32_t>(sequence.blocks.size());
+  sequence.num_computed = sequence.num_published * kBlockTokens;
+  const Prefill prefill = PrefillOf(sequence, CountBelow(sequence, missing));
+  if (prefill.below > 0) StartLoading(sequence, missing, Choose(prefill, CurrentBacklog()));
+  if (sequence.place == Place::kHeld) {
+    const std::size_t bytes = sequence.restoring.size() * store_.layout().block_bytes();
+    held_.Grant(sequence, static_cast<std::int64_t>(bytes));
+  }
+  LeaveQueue(sequence);
+  if (!sequence.was_scheduled && observer_ != nullptr && Matches(sequence)) {
+    observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed);
+    observer_->OnPrefixQueryBelow(static_cast<std::int64_t>(missing.size()) * kBlockTokens,
+                                  static_cast<std::int64_t>(sequence.restoring.size()) * kBlockTokens);
+  }
+  if (!sequence.restoring.empty() && sequence.load_begin == sequence.num_published) {
+    sequence.place = Place::kLoading;
+    loading_.push_back(&sequence);
+  } else {
+    Run(sequence, plan, now);
+  }
+}
+
+Prefill Scheduler::PrefillOf(const Sequence& sequence, std::size_t num_below) {
+  const auto resident = static_cast<std::int64_t>(sequence.blocks.size()) * kBlockTokens;
+  const auto below = static_cast<std::int64_t>(num_below) * kBlockTokens;
+  return {.resident = resident, .below = below, .fresh = sequence.size() - resident - below};
+}
+
+Restoration Scheduler::Choose(const Prefill& prefill, const Backlog& backlog) const {
+  if (prefill.below == 0) return {};
+  switch (options_.load_choice) {
+    case LoadChoice::kRecompute:
+      return {.recomputed = prefill.below};
+    case LoadChoice::kSplit: {
+      if (costs_ != nullptr) return costs_->Split(prefill, backlog);
+      const std::int64_t half = prefill.below / kBlockTokens / 2 * kBlockTokens;
+      return {.recomputed = half, .loaded = prefill.below - half};
+    }
+    case LoadChoice::kAuto:
+      if (costs_ != nullptr) return costs_->Best(prefill, backlog);
+      break;
+    case LoadChoice::kLoad:
+      break;
+  }
+  return {.loaded = prefill.below};
+}
+
+Backlog Scheduler::CurrentBacklog() const {
+  if (costs_ == nullptr) return {};
+  std::int64_t tokens = 0;
+  for (const Sequence* const each : running_) {
+    if (each->num_uncomputed() > 1) {
+      tokens += each->num_uncomputed() - static_cast<std::int64_t>(each->restoring.size()) * kBlockTokens;
+    }
+  }
+  return {.link_seconds = costs_->LoadSeconds(static_cast<std::int64_t>(store_.num_restoring()) * kBlockTokens),
+          .compute_seconds = costs_->ComputeSeconds(0, tokens)};
+}
+
+// Asks for the tail of what lower tiers have, and holds blocks for the head.
+void Scheduler::StartLoading(Sequence& sequence, std::span<const BlockKey> below, const Restoration& restoration) {
+  if (restoration.loaded == 0) return;
+  const auto num_head = static_cast<std::size_t>(restoration.recomputed / kBlockTokens);
+  const auto num_blocks = num_head + static_cast<std::size_t>(restoration.loaded / kBlockTokens);
+  const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(sequence.blocks.size() * kBlockTokens);
+  for (std::size_t i = 0; i < num_head; ++i) {
+    std::optional<BlockRef> block = store_.Take();
+    if (!block) return;
+    sequence.blocks.push_back(*std::move(block));
+  }
+  sequence.load_begin = static_cast<std::int32_t>(sequence.blocks.size());
+  for (std::size_t i = num_head; i < num_blocks; ++i) {
+    auto restored = store_.Restore(below[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
+    if (!restored) return;
+    sequence.blocks.push_back(std::move(restored->block));
+    sequence.restoring.push_back(std::move(restored->restoring));
+  }
+}
+
+}  // namespace spillway
