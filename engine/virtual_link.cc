@@ -64,14 +64,14 @@ bool VirtualLink::StartNext(Lane& lane, double now) {
     }
     transfer.slot = *std::move(slot);
   }
-  busy_[static_cast<std::size_t>(transfer.kind)] += block_seconds_;
+  busy_[IndexOf(transfer.kind)] += block_seconds_;
   lane.free_at = begin + block_seconds_;
   lane.moving = std::move(transfer);
   return true;
 }
 
 void VirtualLink::Complete(Transfer transfer) {
-  TransferStats& stats = stats_[static_cast<std::size_t>(transfer.kind)];
+  TransferStats& stats = stats_[IndexOf(transfer.kind)];
   if (!transfer.status.ok()) {
     ++stats.failures;
   } else {

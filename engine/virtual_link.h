@@ -26,12 +26,12 @@ class VirtualLink : public BlockTransfers {
   void AdvanceTo(double now);
   std::optional<double> NextCompletion() const;  // nullopt: nothing is queued or under way
   // Seconds in which a lane moved blocks up (kRestore) or down (kStore).
-  double busy_seconds(Transfer::Kind kind) const { return busy_[static_cast<std::size_t>(kind)]; }
+  double busy_seconds(Transfer::Kind kind) const { return busy_[IndexOf(kind)]; }
 
   std::uint64_t Queue(Transfer transfer) override;
   bool Cancel(std::uint64_t id) override;
   std::vector<Transfer> Collect() override;
-  TransferStats stats(Transfer::Kind kind) const override { return stats_[static_cast<std::size_t>(kind)]; }
+  TransferStats stats(Transfer::Kind kind) const override { return stats_[IndexOf(kind)]; }
 
  private:
   struct Queued {
@@ -43,8 +43,9 @@ class VirtualLink : public BlockTransfers {
     double free_at = 0;  // when `moving` arrives, or when the last one did
   };
 
-  std::deque<Queued>& queue(Transfer::Kind kind) { return queues_[static_cast<std::size_t>(kind)]; }
-  Lane& lane(Transfer::Kind kind) { return lanes_at_[lanes_ == Lanes::kShared ? 0 : static_cast<std::size_t>(kind)]; }
+  static std::size_t IndexOf(Transfer::Kind kind) { return kind == Transfer::Kind::kRestore ? 0 : 1; }
+  std::deque<Queued>& queue(Transfer::Kind kind) { return queues_[IndexOf(kind)]; }
+  Lane& lane(Transfer::Kind kind) { return lanes_at_[lanes_ == Lanes::kShared ? 0 : IndexOf(kind)]; }
   void AdvanceLane(Lane& lane, double now);
   // Starts the next block that this lane serves, unless none is there by `now`.
   bool StartNext(Lane& lane, double now);
@@ -55,7 +56,7 @@ class VirtualLink : public BlockTransfers {
   const Lanes lanes_;
   double now_ = 0;
   std::uint64_t next_id_ = 1;
-  std::array<std::deque<Queued>, 2> queues_;  // by Transfer::Kind
+  std::array<std::deque<Queued>, 2> queues_;  // by IndexOf, as the three below
   std::array<Lane, 2> lanes_at_;
   std::array<double, 2> busy_{};
   std::array<TransferStats, 2> stats_{};
