@@ -91,7 +91,7 @@ class KernelBench {
     std::vector<std::unique_ptr<PackedMatrix>> matrices;
     for (std::size_t i = 0; i < num_matrices; ++i) matrices.push_back(device_->kernels().Pack({&view, 1}).value());
     const auto plain = reference_->kernels().Pack({&view, 1}).value();
-    for (const std::int64_t num_rows : {1, 4, 16, 32, 512}) {
+    for (const std::int64_t num_rows : {1, 4, 16, 32, 512, 2048}) {
       const std::vector<std::byte> a = RandomArray(dtype, num_rows * kDepth, 2);
       std::vector<float> out(static_cast<std::size_t>(num_rows * kColumns));
       GemmArgs args;

@@ -86,7 +86,8 @@ struct Setup {
 class Server {
  public:
   explicit Server(const Setup& setup) : device_(*MakeCpuDevice({})) {
-    std::unique_ptr<Model> model = *Model::Load(setup.folder, DTypeChoice::kAuto, *device_, nullptr);
+    std::unique_ptr<Model> model =
+        *Model::Load(setup.folder, DTypeChoice::kAuto, Quantization::kNone, *device_, nullptr);
     block_bytes_ = model->kv_layout().block_bytes();
     host_ = MakeNullHostTier();
     if (setup.host_blocks > 0) {

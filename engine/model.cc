@@ -98,8 +98,12 @@ struct Layer {
 
 class DenseDecoder : public Model {
  public:
-  DenseDecoder(Device& device, ModelConfig config, GenerationDefaults defaults, DType dtype)
-      : device_(device), config_(std::move(config)), defaults_(std::move(defaults)), dtype_(dtype) {}
+  DenseDecoder(Device& device, ModelConfig config, GenerationDefaults defaults, DType dtype, Quantization quantization)
+      : device_(device),
+        config_(std::move(config)),
+        defaults_(std::move(defaults)),
+        dtype_(dtype),
+        quantization_(quantization) {}
 
   absl::Status Load(const std::string& folder, const std::function<void(std::size_t, std::size_t)>& progress);
 
@@ -140,6 +144,7 @@ class DenseDecoder : public Model {
   const ModelConfig config_;
   const GenerationDefaults defaults_;
   const DType dtype_;
+  const Quantization quantization_;
   std::unique_ptr<Checkpoint> checkpoint_;  // the embedding may be a view of it
   HostMatrix embedding_source_;
   EmbeddingTable embedding_;
@@ -163,7 +168,9 @@ absl::StatusOr<std::unique_ptr<PackedMatrix>> DenseDecoder::Pack(
     matrices.push_back(std::move(matrix));
     views.push_back(matrices.back().view);
   }
-  ASSIGN_OR_RETURN(std::unique_ptr<PackedMatrix> packed, device_.kernels().Pack(views));
+  const Kernels& kernels = device_.kernels();
+  ASSIGN_OR_RETURN(std::unique_ptr<PackedMatrix> packed,
+                   quantization_ == Quantization::kInt8 ? kernels.PackInt8(views) : kernels.Pack(views));
   for (const auto& [name, rows] : parts) {
     reader.Release(name);
     packed_(static_cast<std::size_t>(rows * cols) * SizeOf(dtype_));
@@ -348,14 +355,15 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& folder, DTypeChoice choice, Device& device,
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& folder, DTypeChoice choice,
+                                                   Quantization quantization, Device& device,
                                                    const std::function<void(std::size_t, std::size_t)>& progress) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(folder));
   ASSIGN_OR_RETURN(GenerationDefaults defaults, ReadGenerationDefaults(folder));
   DType dtype = config.weight_dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
   if (choice == DTypeChoice::kFloat32) dtype = DType::kF32;
   if (choice == DTypeChoice::kBFloat16) dtype = DType::kBF16;
-  auto model = std::make_unique<DenseDecoder>(device, std::move(config), std::move(defaults), dtype);
+  auto model = std::make_unique<DenseDecoder>(device, std::move(config), std::move(defaults), dtype, quantization);
   RETURN_IF_ERROR(model->Load(folder, progress));
   return model;
 }

@@ -21,6 +21,10 @@ enum class DTypeChoice : std::uint8_t {
   kBFloat16
 };  // kAuto: the checkpoint's; float16 runs as float32
 
+// kInt8: every matrix but the embedding is rounded to 8-bit integers as it is packed, one scale per output, and
+// activations by token as they are multiplied (kernels/int8.h). Activations between matrices and KV keep the dtype.
+enum class Quantization : std::uint8_t { kNone, kInt8 };
+
 // Device arrays of one step, laid out by StepRunner. CSR forms as in AttentionArgs. Rows of no sequence are padding.
 struct StepArrays {
   std::int64_t num_tokens = 0;
@@ -41,13 +45,13 @@ class Model {
   // Packs every weight; `progress` (may be null) hears bytes done and in total. Thread: the caller's.
   //   INVALID_ARGUMENT / NOT_FOUND  a tensor is missing, has the wrong shape or type: named with both shapes
   static absl::StatusOr<std::unique_ptr<Model>> Load(
-      const std::string& folder, DTypeChoice dtype, Device& device,
+      const std::string& folder, DTypeChoice dtype, Quantization quantization, Device& device,
       const std::function<void(std::size_t done, std::size_t total)>& progress);
   virtual ~Model() = default;
 
   virtual const ModelConfig& config() const = 0;
   virtual const GenerationDefaults& generation_defaults() const = 0;
-  virtual DType dtype() const = 0;  // of weights, activations and KV
+  virtual DType dtype() const = 0;  // of activations and KV, and of weights that are not quantized
   virtual KvLayout kv_layout() const = 0;
   virtual std::size_t weight_bytes() const = 0;
 

@@ -3,6 +3,8 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/int8.h"
+#include "kernels/status_macros.h"
 
 namespace spillway {
 
@@ -26,6 +28,13 @@ absl::StatusOr<std::int64_t> RowsToPack(std::span<const MatrixView> parts) {
     rows += part.rows;
   }
   return rows;
+}
+
+absl::StatusOr<std::int64_t> RowsToPackInt8(std::span<const MatrixView> parts) {
+  ASSIGN_OR_RETURN(const std::int64_t rows, RowsToPack(parts));
+  if (parts[0].cols <= kMaxInt8Depth) return rows;
+  return absl::InvalidArgumentError(
+      absl::StrCat("pack: ", parts[0].cols, " columns of an int8 matrix, the limit is ", kMaxInt8Depth));
 }
 
 absl::Status TokenOutsideTable(const EmbedArgs& args, std::int64_t index) {

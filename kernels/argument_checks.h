@@ -14,6 +14,9 @@ namespace spillway {
 // The rows of the stacked matrix; INVALID_ARGUMENT unless the parts are F32 or BF16, alike, and not empty.
 absl::StatusOr<std::int64_t> RowsToPack(std::span<const MatrixView> parts);
 
+// The same for PackInt8, which also bounds the columns.
+absl::StatusOr<std::int64_t> RowsToPackInt8(std::span<const MatrixView> parts);
+
 // INTERNAL: token `index` is outside the embedding table.
 absl::Status TokenOutsideTable(const EmbedArgs& args, std::int64_t index);
 

@@ -71,7 +71,7 @@ enum class GemmOutput : std::uint8_t { kStore, kAdd };  // kAdd: out += product,
 // Accumulated in float. Bits of a row do not depend on num_rows.
 struct GemmArgs {
   const std::byte* a = nullptr;  // [num_rows, weight.cols] of a_dtype
-  DType a_dtype = DType::kF32;   // kF32 with an F32 weight, kBF16 with a BF16 weight
+  DType a_dtype = DType::kF32;   // kF32 with an F32 weight, kBF16 with a BF16 weight, either with an INT8 one
   std::int64_t num_rows = 0;
   const PackedMatrix* weight = nullptr;
   const float* bias = nullptr;  // [weight.rows] or null
@@ -206,6 +206,9 @@ class Kernels {
   // Start-up only, synchronous. Stacks `parts` by rows (fused QKV, gate-up): same dtype and cols.
   // Dtypes: F32, BF16. The parts' memory is not needed afterwards.
   virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const = 0;
+  // As Pack, rounded to 8-bit integers with one scale per row. Gemm rounds the activations likewise, by row; int8.h has
+  // the arithmetic. UNIMPLEMENTED where a device has none.
+  virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> PackInt8(std::span<const MatrixView> parts) const = 0;
   virtual absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const = 0;
 
   virtual void Embed(Stream& stream, const EmbedArgs& args) const = 0;

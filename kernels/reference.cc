@@ -14,6 +14,7 @@
 #include "kernels/argument_checks.h"
 #include "kernels/cpu/stream.h"
 #include "kernels/element.h"
+#include "kernels/int8.h"
 #include "kernels/sampler.h"
 #include "kernels/status_macros.h"
 
@@ -29,6 +30,48 @@ class ReferenceMatrix final : public PackedMatrix {
  private:
   std::vector<float> values_;
 };
+
+struct Int8Row {
+  std::vector<std::int32_t> values;
+  float scale = 0;
+};
+
+Int8Row RoundToInt8(const std::byte* array, DType dtype, std::int64_t begin, std::int64_t size) {
+  float max = 0;
+  for (std::int64_t i = begin; i < begin + size; ++i) max = std::max(max, std::abs(LoadElement(array, dtype, i)));
+  const Int8Scale scale = Int8ScaleOf(max);
+  Int8Row row{{}, scale.scale};
+  for (std::int64_t i = begin; i < begin + size; ++i) {
+    row.values.push_back(static_cast<std::int32_t>(std::nearbyint(LoadElement(array, dtype, i) * scale.inverse)));
+  }
+  return row;
+}
+
+class ReferenceInt8Matrix final : public PackedMatrix {
+ public:
+  ReferenceInt8Matrix(std::int64_t cols, std::vector<Int8Row> rows)
+      : PackedMatrix(static_cast<std::int64_t>(rows.size()), cols, rows.size() * static_cast<std::size_t>(cols) * 4),
+        rows_(std::move(rows)) {}
+  const Int8Row& row(std::int64_t index) const { return rows_[static_cast<std::size_t>(index)]; }
+
+ private:
+  std::vector<Int8Row> rows_;
+};
+
+void Gemm(const GemmArgs& args, const ReferenceInt8Matrix& weight) {
+  for (std::int64_t m = 0; m < args.num_rows; ++m) {
+    const Int8Row a = RoundToInt8(args.a, args.a_dtype, m * weight.cols(), weight.cols());
+    for (std::int64_t n = 0; n < weight.rows(); ++n) {
+      const Int8Row& w = weight.row(n);
+      std::int32_t sum = 0;
+      for (std::size_t k = 0; k < a.values.size(); ++k) sum += a.values[k] * w.values[k];
+      float product = static_cast<float>(sum) * a.scale * w.scale;
+      if (args.bias != nullptr) product += args.bias[n];
+      float& out = args.out[m * weight.rows() + n];
+      out = args.output == GemmOutput::kAdd ? out + product : product;
+    }
+  }
+}
 
 absl::Status Embed(const EmbedArgs& args) {
   for (std::int64_t t = 0; t < args.num_tokens; ++t) {
@@ -54,6 +97,7 @@ void RmsNorm(const RmsNormArgs& args) {
 }
 
 void Gemm(const GemmArgs& args) {
+  if (const auto* int8 = dynamic_cast<const ReferenceInt8Matrix*>(args.weight)) return Gemm(args, *int8);
   const auto& weight = static_cast<const ReferenceMatrix&>(*args.weight);
   for (std::int64_t m = 0; m < args.num_rows; ++m) {
     for (std::int64_t n = 0; n < weight.rows(); ++n) {
@@ -309,6 +353,17 @@ class ReferenceKernels final : public Kernels {
       }
     }
     return std::make_unique<ReferenceMatrix>(rows, parts[0].cols, std::move(values));
+  }
+
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> PackInt8(std::span<const MatrixView> parts) const override {
+    RETURN_IF_ERROR(RowsToPackInt8(parts).status());
+    std::vector<Int8Row> rows;
+    for (const MatrixView& part : parts) {
+      for (std::int64_t r = 0; r < part.rows; ++r) {
+        rows.push_back(RoundToInt8(part.data, part.dtype, r * part.row_stride, part.cols));
+      }
+    }
+    return std::make_unique<ReferenceInt8Matrix>(parts[0].cols, std::move(rows));
   }
 
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {

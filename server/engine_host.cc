@@ -79,11 +79,12 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Options& options, const s
   DTypeChoice dtype = DTypeChoice::kAuto;
   if (options.model.dtype == "float32") dtype = DTypeChoice::kFloat32;
   if (options.model.dtype == "bfloat16") dtype = DTypeChoice::kBFloat16;
+  const Quantization quantization = options.model.quantization == "int8" ? Quantization::kInt8 : Quantization::kNone;
   const absl::Time begin = absl::Now();
   std::unique_ptr<Model> model;
   {
     ProgressBar bar("loading weights", "bytes");
-    ASSIGN_OR_RETURN(model, Model::Load(folder, dtype, device, [&](std::size_t done, std::size_t total) {
+    ASSIGN_OR_RETURN(model, Model::Load(folder, dtype, quantization, device, [&](std::size_t done, std::size_t total) {
                        bar.Show(static_cast<std::int64_t>(done), static_cast<std::int64_t>(total));
                      }));
   }
@@ -92,6 +93,7 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Options& options, const s
       {{"folder", folder},
        {"architecture", model->config().architecture},
        {"dtype", std::string(NameOf(model->dtype()))},
+       {"quantization", options.model.quantization},
        {"size", ShowSize(static_cast<std::int64_t>(model->weight_bytes()))},
        {"seconds", fmt::format("{:.3f}", seconds)}});
   if (options.model.generation_config == "vllm") model = std::make_unique<ModelWithoutDefaults>(std::move(model));
@@ -99,8 +101,9 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Options& options, const s
 }
 
 // Null where none is asked for. Its space names all that the bytes of a block depend on beside the tokens.
-absl::StatusOr<std::unique_ptr<Tier>> MakeFile(const CacheChoice& choice, const std::string& folder,
-                                               const Device& device, const KvLayout& layout) {
+absl::StatusOr<std::unique_ptr<Tier>> MakeFile(const Options& options, const std::string& folder, const Device& device,
+                                               const KvLayout& layout) {
+  const CacheChoice& choice = options.cache;
   if (choice.kv_file_directory.empty()) return nullptr;
   if (choice.kv_offloading_size == 0) {
     return absl::InvalidArgumentError(
@@ -108,13 +111,12 @@ absl::StatusOr<std::unique_ptr<Tier>> MakeFile(const CacheChoice& choice, const 
         "--kv-offloading-size is 0");
   }
   ASSIGN_OR_RETURN(const std::string digest, ModelDigest(folder));
-  FileTierOptions options;
-  options.directory = choice.kv_file_directory;
-  options.budget_bytes = choice.kv_file_size;
-  options.block_bytes = layout.block_bytes();
-  options.space = fmt::format("policy exact; model {}; dtype {}; block {}; compute {}", digest, NameOf(layout.dtype),
-                              kBlockTokens, device.description());
-  return MakeFileTier(options);
+  FileTierOptions file;
+  file.directory = choice.kv_file_directory;
+  file.budget_bytes = choice.kv_file_size;
+  file.block_bytes = layout.block_bytes();
+  file.space = KvSpace(digest, layout.dtype, options.model.quantization, device.description());
+  return MakeFileTier(file);
 }
 
 void LogCostModel(const CostModel& model) {
@@ -167,6 +169,12 @@ absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, std
   return absl::InvalidArgumentError(
       fmt::format("--kv-offloading-size: {} do not fit: {}, the KV cache takes {}, which leaves {}",
                   ShowSize(host_bytes), limit, ShowSize(device_bytes), ShowSize(std::max<std::int64_t>(room, 0))));
+}
+
+std::string KvSpace(std::string_view model_digest, DType dtype, std::string_view quantization,
+                    std::string_view compute) {
+  return fmt::format("policy exact; model {}; dtype {}; quantization {}; block {}; compute {}", model_digest,
+                     NameOf(dtype), quantization, kBlockTokens, compute);
 }
 
 absl::StatusOr<Capacity> PlanCapacity(const CapacityRequest& request) {
@@ -279,7 +287,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   host.metrics = Metrics::Make(service.model_names.front(), static_cast<int>(capacity.max_model_len), num_engines);
 
   EngineOptions engine = EngineOptionsOf(options, capacity);
-  ASSIGN_OR_RETURN(host.file_tier, MakeFile(options.cache, host.folder, host.device(), layout));
+  ASSIGN_OR_RETURN(host.file_tier, MakeFile(options, host.folder, host.device(), layout));
   ASSIGN_OR_RETURN(host.host_tier, MakeHost(options.cache, memory, weight_bytes,
                                             options.device.device == "cuda" ? 0 : num_engines * capacity.kv_cache_bytes,
                                             *host.devices.front(), layout, host.file_tier.get()));

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -40,6 +41,11 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
 // INVALID_ARGUMENT: so much does not fit beside the weights and the device tiers; says why, with every number.
 absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, std::int64_t weight_bytes,
                        std::int64_t device_bytes);
+
+// Names all that the bytes of a block depend on beside the tokens: KV that outlives the process is served only in the
+// space that it was made in.
+std::string KvSpace(std::string_view model_digest, DType dtype, std::string_view quantization,
+                    std::string_view compute);
 
 // How long a sequence may be, and how large the KV cache is; split off for tests.
 struct CapacityRequest {

@@ -10,7 +10,7 @@ constexpr std::string_view kParallel =
 constexpr std::string_view kDataParallel = "the engines of --data-parallel-size are threads of one process";
 constexpr std::string_view kLora = "LoRA adapters are not built";
 constexpr std::string_view kMultimodal = "text only; images, audio and video are not built";
-constexpr std::string_view kQuantized = "quantized weights and KV are not built";
+constexpr std::string_view kQuantized = "quantized KV is not built";
 constexpr std::string_view kSpeculative = "speculative decoding is not built";
 constexpr std::string_view kStructured = "structured output is not built";
 constexpr std::string_view kTools = "tool calls and reasoning parsers are not built";
@@ -99,7 +99,6 @@ constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"allowed-media-domains", kMultimodal},
     {"disable-chunked-mm-input", kMultimodal},
     {"enable-prompt-embeds", kMultimodal},
-    {"quantization", kQuantized},
     {"kv-cache-dtype", kQuantized},
     {"calculate-kv-scales", kQuantized},
     {"speculative-config", kSpeculative},

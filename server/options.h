@@ -31,6 +31,7 @@ struct ModelChoice {
   std::string model;  // a folder or a Hub id
   std::vector<std::string> served_names;
   std::string dtype = "auto";
+  std::string quantization = "none";
   std::string generation_config = "auto";
   std::int64_t max_model_len = 0;  // 0: the model's own, less where the KV cache is smaller
 };

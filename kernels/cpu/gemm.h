@@ -42,6 +42,14 @@ struct GemmSlice {
   float* sums = nullptr;  // [num_rows, (panel_end - panel_begin) * 32], working memory
 };
 
+struct DotPiece;
+
+// Of a row of integers.
+struct Int8Sum {
+  float scale = 0;
+  std::int32_t sum = 0;
+};
+
 // Finished sums of some columns on their way to the output.
 struct GemmWrite {
   const float* sums = nullptr;  // [num_rows, column_end - column_begin] at sums_stride
@@ -60,6 +68,11 @@ struct GemmBodies {
   void (*f32)(const GemmSlice&);
   void (*bf16)(const GemmSlice&);
   void (*write_out)(const GemmWrite&);
+  void (*int8)(const DotPiece&);  // of gemm_dot.h
+  // Rounds a row to INT8; returns its scale and the sum of its integers.
+  Int8Sum (*round_to_int8)(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out);
+  // Turns the sums of some rows x 32 columns into floats, in place.
+  void (*scale_int8)(std::byte* sums, std::span<const Int8Sum> rows, const float* column_scales);
 };
 
 const GemmBodies& GemmBodiesOf(Target target);

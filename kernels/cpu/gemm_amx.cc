@@ -20,10 +20,12 @@ namespace spillway::cpu {
 #if defined(__x86_64__)
 namespace {
 
-#define SPILLWAY_AMX __attribute__((target("amx-tile,amx-bf16")))
+#define SPILLWAY_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
 
 constexpr std::int64_t kTileRows = 16;
-constexpr std::int64_t kSumsStride = kPanelColumns * static_cast<std::int64_t>(sizeof(float));
+constexpr std::int64_t kSumBytes = 4;
+constexpr std::int64_t kSumsStride = kPanelColumns * kSumBytes;
+constexpr std::int64_t kHalfStride = kDotHalfColumns * kSumBytes;
 // How far ahead of its use a panel is fetched.
 constexpr std::int64_t kPrefetchBytes = 4096;
 
@@ -54,7 +56,17 @@ constexpr auto kConfigs = [] {
   return configs;
 }();
 
-template <bool kHasLower, bool kIsStreamed>
+// Signed activations times unsigned weights.
+#define SPILLWAY_TILE_DOT(sums, a, weights)   \
+  if constexpr (kElement == Element::kBF16) { \
+    _tile_dpbf16ps(sums, a, weights);         \
+  } else {                                    \
+    _tile_dpbsud(sums, a, weights);           \
+  }
+
+enum class Element : std::uint8_t { kBF16, kInt8 };
+
+template <Element kElement, bool kHasLower, bool kIsStreamed>
 SPILLWAY_AMX void MultiplyBlocks(const DotPiece& piece, const std::byte* a) {
   const std::byte* const lower = a + kTileRows * piece.a_stride;
   for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
@@ -67,19 +79,19 @@ SPILLWAY_AMX void MultiplyBlocks(const DotPiece& piece, const std::byte* a) {
     }
     _tile_loadd(6, panel, kDotBlockBytes);
     _tile_loadd(4, a + block * kDotBlockBytes, piece.a_stride);
-    _tile_dpbf16ps(0, 4, 6);
+    SPILLWAY_TILE_DOT(0, 4, 6);
     _tile_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
-    _tile_dpbf16ps(1, 4, 7);
+    SPILLWAY_TILE_DOT(1, 4, 7);
     if constexpr (kHasLower) {
       _tile_loadd(5, lower + block * kDotBlockBytes, piece.a_stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      SPILLWAY_TILE_DOT(2, 5, 6);
+      SPILLWAY_TILE_DOT(3, 5, 7);
     }
   }
 }
 
-SPILLWAY_AMX void BeginSums(const DotPiece& piece, float* sums, bool has_lower) {
-  float* const lower = sums + kTileRows * kPanelColumns;
+SPILLWAY_AMX void BeginSums(const DotPiece& piece, std::byte* sums, bool has_lower) {
+  std::byte* const lower = sums + kTileRows * kSumsStride;
   if (piece.is_first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -89,21 +101,22 @@ SPILLWAY_AMX void BeginSums(const DotPiece& piece, float* sums, bool has_lower) 
     return;
   }
   _tile_loadd(0, sums, kSumsStride);
-  _tile_loadd(1, sums + kDotHalfColumns, kSumsStride);
+  _tile_loadd(1, sums + kHalfStride, kSumsStride);
   if (!has_lower) return;
   _tile_loadd(2, lower, kSumsStride);
-  _tile_loadd(3, lower + kDotHalfColumns, kSumsStride);
+  _tile_loadd(3, lower + kHalfStride, kSumsStride);
 }
 
-SPILLWAY_AMX void EndSums(float* sums, bool has_lower) {
-  float* const lower = sums + kTileRows * kPanelColumns;
+SPILLWAY_AMX void EndSums(std::byte* sums, bool has_lower) {
+  std::byte* const lower = sums + kTileRows * kSumsStride;
   _tile_stored(0, sums, kSumsStride);
-  _tile_stored(1, sums + kDotHalfColumns, kSumsStride);
+  _tile_stored(1, sums + kHalfStride, kSumsStride);
   if (!has_lower) return;
   _tile_stored(2, lower, kSumsStride);
-  _tile_stored(3, lower + kDotHalfColumns, kSumsStride);
+  _tile_stored(3, lower + kHalfStride, kSumsStride);
 }
 
+template <Element kElement>
 SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
   for (std::int64_t m = 0; m < piece.num_rows; ++m) {
     DeclareRead(piece.a + m * piece.a_stride, static_cast<std::size_t>(piece.num_blocks * kDotBlockBytes));
@@ -119,13 +132,13 @@ SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
       _tile_loadconfig(&kConfigs[static_cast<std::size_t>(rows)]);
       configured_rows = rows;
     }
-    float* const sums = piece.sums + m * kPanelColumns;
+    std::byte* const sums = piece.sums + m * kSumsStride;
     const std::byte* const a = piece.a + m * piece.a_stride;
     BeginSums(piece, sums, has_lower);
     if (m == 0) {  // the rows that follow find the panel in a cache
-      has_lower ? MultiplyBlocks<true, true>(piece, a) : MultiplyBlocks<false, true>(piece, a);
+      has_lower ? MultiplyBlocks<kElement, true, true>(piece, a) : MultiplyBlocks<kElement, false, true>(piece, a);
     } else {
-      has_lower ? MultiplyBlocks<true, false>(piece, a) : MultiplyBlocks<false, false>(piece, a);
+      has_lower ? MultiplyBlocks<kElement, true, false>(piece, a) : MultiplyBlocks<kElement, false, false>(piece, a);
     }
     EndSums(sums, has_lower);
   }
@@ -139,7 +152,9 @@ bool HasAmx() {
   unsigned d = 0;
   constexpr unsigned kBF16 = 1U << 22U;
   constexpr unsigned kTile = 1U << 24U;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBF16) != 0 && (d & kTile) != 0;
+  constexpr unsigned kInt8 = 1U << 25U;
+  constexpr unsigned kAll = kBF16 | kTile | kInt8;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll;
 }
 
 // The tiles are state that the system saves only for processes that asked.
@@ -151,15 +166,15 @@ bool SystemAllowsTiles() {
 
 }  // namespace
 
-absl::StatusOr<DotBody> AmxDotBody() {
-  if (!HasAmx()) return absl::FailedPreconditionError("this machine has no amx with bfloat16");
+absl::StatusOr<DotBodies> AmxDotBodies() {
+  if (!HasAmx()) return absl::FailedPreconditionError("this machine has no amx");
   if (!SystemAllowsTiles()) return absl::FailedPreconditionError("the system does not let this process use amx");
-  return MultiplyPiece;
+  return DotBodies{MultiplyPiece<Element::kBF16>, MultiplyPiece<Element::kInt8>};
 }
 
 #else
 
-absl::StatusOr<DotBody> AmxDotBody() { return absl::FailedPreconditionError("amx is of x86 machines only"); }
+absl::StatusOr<DotBodies> AmxDotBodies() { return absl::FailedPreconditionError("amx is of x86 machines only"); }
 
 #endif
 

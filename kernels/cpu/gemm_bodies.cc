@@ -1,6 +1,8 @@
 #include <algorithm>
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/gemm_dot.h"
+#include "kernels/int8.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/gemm_bodies.cc"
@@ -165,7 +167,110 @@ void Gemm(const GemmSlice& work) {
             .column_end = std::min(work.panel_end * kPanelColumns, work.columns)});
 }
 
-constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>, WriteOut};
+template <typename T>
+Int8Sum RoundRow(const T* row, std::int64_t size, std::int8_t* out) {
+  const auto load = [&](std::int64_t i) {
+    return i + static_cast<std::int64_t>(kLanes) <= size ? LoadWide(row + i)
+                                                         : LoadTail(row + i, static_cast<std::size_t>(size - i), 0);
+  };
+  VF largest = hn::Zero(F());
+  for (std::int64_t i = 0; i < size; i += kLanes) largest = hn::Max(largest, hn::Abs(load(i)));
+  const Int8Scale scale = Int8ScaleOf(hn::GetLane(hn::MaxOfLanes(F(), largest)));
+  const VF inverse = hn::Set(F(), scale.inverse);
+  const I wide;
+  auto sum = hn::Zero(wide);
+  for (std::int64_t i = 0; i < size; i += kLanes) {
+    const auto integers = hn::NearestInt(hn::Mul(load(i), inverse));
+    sum = hn::Add(sum, integers);
+    HWY_ALIGN std::int32_t lanes[kLanes];
+    hn::Store(integers, wide, lanes);
+    const auto count = std::min<std::int64_t>(kLanes, size - i);
+    for (std::int64_t lane = 0; lane < count; ++lane) out[i + lane] = static_cast<std::int8_t>(lanes[lane]);
+  }
+  HWY_ALIGN std::int32_t lanes[kLanes];
+  hn::Store(sum, wide, lanes);
+  std::int32_t total = 0;
+  for (const std::int32_t lane : lanes) total += lane;
+  return {scale.scale, total};
+}
+
+Int8Sum RoundToInt8(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out) {
+  if (dtype == DType::kF32) return RoundRow(reinterpret_cast<const float*>(row), size, out);
+  return RoundRow(reinterpret_cast<const std::uint16_t*>(row), size, out);
+}
+
+void ScaleInt8(std::byte* sums, std::span<const Int8Sum> rows, const float* column_scales) {
+  const I wide;
+  for (std::size_t m = 0; m < rows.size(); ++m) {
+    auto* const integers = reinterpret_cast<std::int32_t*>(sums) + m * kPanelColumns;
+    const auto offset = hn::Set(wide, 128 * rows[m].sum);
+    const VF scale = hn::Set(F(), rows[m].scale);
+    for (std::int64_t n = 0; n < kPanelColumns; n += kLanes) {
+      const VF exact = hn::ConvertTo(F(), hn::Sub(hn::LoadU(wide, integers + n), offset));
+      hn::StoreU(hn::Mul(hn::Mul(exact, scale), hn::LoadU(F(), column_scales + n)), F(),
+                 reinterpret_cast<float*>(integers) + n);
+    }
+  }
+}
+
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
+// Sums of pairs of k: two for each column, added up at the end.
+void Int8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
+  using D16 = hn::CappedTag<std::int16_t, 32>;
+  using D32 = hn::RepartitionToWide<D16>;
+  using Narrow8 = hn::Rebind<std::uint8_t, D16>;
+  constexpr std::size_t kLanes16 = hn::MaxLanes(D16());
+  constexpr std::size_t kSums = static_cast<std::size_t>(kPanelColumns * kDotGroupBytes) / kLanes16;
+  constexpr std::size_t kSumsOfHalf = kSums / 2;
+  constexpr std::int64_t kGroupsPerBlock = kDotBlockBytes / kDotGroupBytes;
+  hn::Vec<D32> pairs[kSums];
+  hn::Vec<D32> unused = hn::Zero(D32());
+  for (auto& pair : pairs) pair = hn::Zero(D32());
+  for (std::int64_t group = 0; group < piece.num_blocks * kGroupsPerBlock; ++group) {
+    std::uint64_t quad = 0;
+    for (int i = 3; i >= 0; --i) quad = quad << 16U | static_cast<std::uint16_t>(a[group * kDotGroupBytes + i]);
+    const auto values = hn::BitCast(D16(), hn::Set(hn::Repartition<std::uint64_t, D16>(), quad));
+    const auto* const weights = reinterpret_cast<const std::uint8_t*>(piece.panel) +
+                                group / kGroupsPerBlock * 2 * kDotHalfBytes +
+                                group % kGroupsPerBlock * kDotHalfColumns * kDotGroupBytes;
+    hwy::Prefetch(weights + kPrefetchBytes);
+    hwy::Prefetch(weights + kPrefetchBytes + kDotHalfBytes);
+    HWY_UNROLL(8)
+    for (std::size_t i = 0; i < kSums; ++i) {
+      const std::size_t at = i / kSumsOfHalf * kDotHalfBytes + i % kSumsOfHalf * kLanes16;
+      const auto wide = hn::PromoteTo(D16(), hn::LoadU(Narrow8(), weights + at));
+      pairs[i] = hn::ReorderWidenMulAccumulate(D32(), wide, values, pairs[i], unused);
+    }
+  }
+  HWY_ALIGN std::int32_t lanes[2 * kPanelColumns];
+  for (std::size_t i = 0; i < kSums; ++i) hn::Store(pairs[i], D32(), lanes + i * kLanes16 / 2);
+  for (std::int64_t n = 0; n < kPanelColumns; ++n) sums[n] += lanes[2 * n] + lanes[2 * n + 1];
+}
+#else
+void Int8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
+  const auto* weights = reinterpret_cast<const std::uint8_t*>(piece.panel);
+  for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
+    for (std::int64_t half = 0; half < 2; ++half, weights += kDotHalfBytes) {
+      for (std::int64_t i = 0; i < kDotHalfBytes; ++i) {
+        const std::int64_t k = i / (kDotHalfColumns * kDotGroupBytes) * kDotGroupBytes + i % kDotGroupBytes;
+        sums[half * kDotHalfColumns + i / kDotGroupBytes % kDotHalfColumns] +=
+            a[block * kDotBlockBytes + k] * weights[i];
+      }
+    }
+  }
+}
+#endif
+
+void Int8Piece(const DotPiece& piece) {
+  for (std::int64_t m = 0; m < piece.num_rows; ++m) {
+    auto* const sums = reinterpret_cast<std::int32_t*>(piece.sums) + m * kPanelColumns;
+    if (piece.is_first) std::fill(sums, sums + kPanelColumns, 0);
+    Int8Row(piece, reinterpret_cast<const std::int8_t*>(piece.a + m * piece.a_stride), sums);
+  }
+}
+
+constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>, WriteOut, Int8Piece,
+                                    RoundToInt8,   ScaleInt8};
 
 }  // namespace spillway::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

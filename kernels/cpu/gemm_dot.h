@@ -1,13 +1,16 @@
 #pragma once
 
-// GEMM by the dot instructions of newer x86 cores (AVX512_BF16, AMX), which multiply groups of neighbouring k.
+// GEMM by dot instructions, which multiply groups of neighbouring k: pairs of BF16 (AVX512_BF16, AMX), and quads of
+// INT8 (VNNI, AMX, and in two steps everywhere).
 //
 // An output element is one chain of these instructions over ascending k, whatever the number of rows, the block of rows
-// it falls into, the cut of k and the worker: its bits depend on its inputs and on the instruction alone.
+// it falls into, the cut of k and the worker: its bits depend on its inputs and on the instruction alone. Sums of INT8
+// are exact: their bits do not depend on the instruction either.
 //
 // Panel  32 columns, [block of k][half: 16 columns][group of k][column][4 bytes]. A block is 64 bytes of each column, a
 //        group 4 bytes of it: one half of a block is one tile of AMX. k is padded with zeros to whole blocks, columns
-//        to whole panels.
+//        to whole panels. INT8 weights are kept as q + 128, unsigned as VNNI wants them; 128 times the sum of the row
+//        of activations comes off again at the end.
 
 #include <cstddef>
 #include <cstdint>
@@ -32,19 +35,27 @@ struct DotPiece {
   std::int64_t num_rows = 0;
   const std::byte* panel = nullptr;  // at the first block of the piece
   std::int64_t num_blocks = 0;
-  bool is_first = false;  // the sums begin at zero
-  float* sums = nullptr;  // [num_rows, 32], aligned to 64 bytes
+  bool is_first = false;      // the sums begin at zero
+  std::byte* sums = nullptr;  // [num_rows, 32] of float or int32, aligned to 64 bytes
 };
 
 using DotBody = void (*)(const DotPiece&);
 
+struct DotBodies {
+  DotBody bf16 = nullptr;
+  DotBody int8 = nullptr;
+};
+
 // FAILED_PRECONDITION, and why, where this machine lacks the instructions.
-absl::StatusOr<DotBody> Avx512DotBody();
+absl::StatusOr<DotBodies> Avx512DotBodies();
 // Asks the system to let this process use AMX.
-absl::StatusOr<DotBody> AmxDotBody();
+absl::StatusOr<DotBodies> AmxDotBodies();
 
 // BF16 parts, as RowsToPack accepts them. `pool` packs.
-absl::StatusOr<std::unique_ptr<CpuMatrix>> PackDotPanels(DotBody body, const GemmBodies& bodies,
-                                                         std::span<const MatrixView> parts, WorkerPool& pool);
+absl::StatusOr<std::unique_ptr<CpuMatrix>> PackDotBF16(DotBody body, const GemmBodies& bodies,
+                                                       std::span<const MatrixView> parts, WorkerPool& pool);
+// Parts as RowsToPackInt8 accepts them.
+absl::StatusOr<std::unique_ptr<CpuMatrix>> PackDotInt8(DotBody body, const GemmBodies& bodies,
+                                                       std::span<const MatrixView> parts, WorkerPool& pool);
 
 }  // namespace spillway::cpu

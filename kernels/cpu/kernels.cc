@@ -56,8 +56,8 @@ void RunRopeAngles(const WorkPlace& place, const RopeAnglesArgs& args) {
 
 class FastKernels final : public Kernels {
  public:
-  // `dot` is null where BF16 is multiplied as F32 is.
-  FastKernels(Target target, DotBody dot, WorkerPool& pool)
+  // A null body of `dot`: BF16 is multiplied as F32 is, INT8 by the target's plain body.
+  FastKernels(Target target, const DotBodies& dot, WorkerPool& pool)
       : target_(target),
         dot_(dot),
         pool_(pool),
@@ -67,8 +67,12 @@ class FastKernels final : public Kernels {
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
     RETURN_IF_ERROR(RowsToPack(parts).status());
-    if (parts[0].dtype == DType::kBF16 && dot_ != nullptr) return PackDotPanels(dot_, gemm_, parts, pool_);
+    if (parts[0].dtype == DType::kBF16 && dot_.bf16 != nullptr) return PackDotBF16(dot_.bf16, gemm_, parts, pool_);
     return PackPanels(gemm_, parts, pool_);
+  }
+
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> PackInt8(std::span<const MatrixView> parts) const override {
+    return PackDotInt8(dot_.int8 != nullptr ? dot_.int8 : gemm_.int8, gemm_, parts, pool_);
   }
 
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {
@@ -130,16 +134,16 @@ class FastKernels final : public Kernels {
   }
 
   const Target target_;
-  const DotBody dot_;
+  const DotBodies dot_;
   WorkerPool& pool_;
   const GemmBodies& gemm_;
   const RowBodies& rows_;
   const SampleBodies& sample_;
 };
 
-// The dot body that goes by a name, or the best one; null for "fma".
+// The dot bodies that go by a name, or the best ones; null for "fma".
 struct Choice {
-  DotBody body = nullptr;
+  DotBodies bodies;
   std::string_view name = "fma";
 };
 
@@ -155,11 +159,11 @@ absl::StatusOr<Choice> ChooseGemm(Target target, std::string_view gemm) {
         "cpu device: gemm '", std::string(gemm), "' goes with the avx512 targets, not with ", std::string(NameOf(target))));
   }
   if (gemm == "amx" || (gemm == "auto" && target != Target::kAvx512Bf16)) {
-    const absl::StatusOr<DotBody> amx = AmxDotBody();
+    const absl::StatusOr<DotBodies> amx = AmxDotBodies();
     if (amx.ok()) return Choice{*amx, "amx"};
     if (gemm == "amx") return absl::InvalidArgumentError(absl::StrCat("cpu device: ", amx.status().message()));
   }
-  const absl::StatusOr<DotBody> dot = Avx512DotBody();
+  const absl::StatusOr<DotBodies> dot = Avx512DotBodies();
   if (dot.ok()) return Choice{*dot, "avx512_bf16"};
   if (gemm == "auto") return Choice{};
   return absl::InvalidArgumentError(absl::StrCat("cpu device: ", dot.status().message()));
@@ -169,7 +173,7 @@ absl::StatusOr<Choice> ChooseGemm(Target target, std::string_view gemm) {
 
 absl::StatusOr<CpuKernels> MakeCpuKernels(Target target, std::string_view gemm, WorkerPool& pool) {
   ASSIGN_OR_RETURN(const Choice choice, ChooseGemm(target, gemm));
-  return CpuKernels{std::make_unique<FastKernels>(target, choice.body, pool),
+  return CpuKernels{std::make_unique<FastKernels>(target, choice.bodies, pool),
                     absl::StrCat(std::string(choice.name), "-gemm")};
 }
 

@@ -66,6 +66,10 @@ class CudaKernels final : public Kernels {
     return std::make_unique<CudaMatrix>(rows, parts[0].cols, parts[0].dtype, std::move(values));
   }
 
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> PackInt8(std::span<const MatrixView> /*parts*/) const override {
+    return absl::UnimplementedError("cuda device: int8 matrices are not built");
+  }
+
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {
     ASSIGN_OR_RETURN(const std::int64_t rows, RowsToPack({&table, 1}));
     ASSIGN_OR_RETURN(Buffer values, Upload({&table, 1}, rows));

@@ -213,7 +213,8 @@ TEST(Engine, DestructionEndsWhatRuns) {
 
 TEST(Engine, RefusesAPoolSmallerThanABlock) {
   std::unique_ptr<Device> device = *MakeCpuDevice({});
-  absl::StatusOr<std::unique_ptr<Model>> model = Model::Load(Folder(), DTypeChoice::kAuto, *device, nullptr);
+  absl::StatusOr<std::unique_ptr<Model>> model =
+      Model::Load(Folder(), DTypeChoice::kAuto, Quantization::kNone, *device, nullptr);
   ASSERT_TRUE(model.ok()) << model.status();
   EngineOptions options;
   options.kv_cache_bytes = 100;

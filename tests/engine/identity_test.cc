@@ -34,6 +34,7 @@ using ::spillway::testing::Rig;
 struct TestModel {
   std::string folder;
   DTypeChoice dtype = DTypeChoice::kAuto;
+  Quantization quantization = Quantization::kNone;
   std::int32_t vocab = 0;
   std::int32_t longest = 0;  // prompt tokens
 };
@@ -105,7 +106,7 @@ EngineOptions Ample() {
 std::vector<Collected> Solo(const TestModel& model, const CpuDeviceOptions& device = {}) {
   EngineOptions options = Ample();
   options.enable_prefix_caching = false;
-  Rig rig = Rig::Make(model.folder, options, device, model.dtype);
+  Rig rig = Rig::Make(model.folder, options, device, model.dtype, nullptr, nullptr, model.quantization);
   std::vector<Collected> solo;
   for (SequenceRequest& request : Workload(model)) solo.push_back(rig.RunOne(std::move(request)));
   return solo;
@@ -133,6 +134,7 @@ class CountingObserver : public EngineObserver {
 struct IdentityCase {
   const char* model;   // "random_f32", "random_bf16", "stories260K"
   const char* target;  // cpu target
+  Quantization quantization = Quantization::kNone;
 };
 
 class Identity : public ::testing::TestWithParam<IdentityCase> {
@@ -148,10 +150,11 @@ class Identity : public ::testing::TestWithParam<IdentityCase> {
     } else {
       model_ = RandomModel(name == "random_f32" ? DType::kF32 : DType::kBF16);
     }
+    model_.quantization = GetParam().quantization;
   }
   std::vector<Collected> RunWith(const EngineOptions& options, const CpuDeviceOptions& device,
                                  CountingObserver* observer = nullptr) {
-    Rig rig = Rig::Make(model_.folder, options, device, model_.dtype, observer);
+    Rig rig = Rig::Make(model_.folder, options, device, model_.dtype, observer, nullptr, model_.quantization);
     return rig.Run(Workload(model_));
   }
   CpuDeviceOptions device_;
@@ -188,7 +191,7 @@ TEST_P(Identity, BatchEqualsSoloUnderEveryRegime) {
   {
     SCOPED_TRACE("prefix hits");
     CountingObserver observer;
-    Rig rig = Rig::Make(model_.folder, Ample(), device_, model_.dtype, &observer);
+    Rig rig = Rig::Make(model_.folder, Ample(), device_, model_.dtype, &observer, nullptr, model_.quantization);
     ExpectSame(solo, rig.Run(Workload(model_)));
     ExpectSame(solo, rig.Run(Workload(model_)));
     rig.engine.reset();
@@ -216,15 +219,20 @@ TEST_P(Identity, PoolThatForcesPreemption) {
 INSTANTIATE_TEST_SUITE_P(Engine, Identity,
                          ::testing::Values(IdentityCase{"random_f32", "auto"}, IdentityCase{"random_bf16", "auto"},
                                            IdentityCase{"random_bf16", "avx2"}, IdentityCase{"stories260K", "auto"},
-                                           IdentityCase{"stories260K", "avx2"}),
-                         [](const auto& test) { return std::string(test.param.model) + "_" + test.param.target; });
+                                           IdentityCase{"stories260K", "avx2"},
+                                           IdentityCase{"random_bf16", "auto", Quantization::kInt8},
+                                           IdentityCase{"random_bf16", "avx2", Quantization::kInt8}),
+                         [](const auto& test) {
+                           return std::string(test.param.model) + "_" + test.param.target +
+                                  (test.param.quantization == Quantization::kInt8 ? "_int8" : "");
+                         });
 
 // Drives StepRunner by hand, with the blocks in view.
 class HandDriven {
  public:
   explicit HandDriven(const TestModel& model) {
     device_ = *MakeCpuDevice({});
-    model_ = *Model::Load(model.folder, model.dtype, *device_, nullptr);
+    model_ = *Model::Load(model.folder, model.dtype, model.quantization, *device_, nullptr);
     const KvLayout layout = model_->kv_layout();
     store_ = *KvStore::Make(
         *device_, *host_,

@@ -58,6 +58,9 @@ class HostFacingKernels final : public Kernels {
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
     return device_.kernels().Pack(parts);
   }
+  absl::StatusOr<std::unique_ptr<PackedMatrix>> PackInt8(std::span<const MatrixView> parts) const override {
+    return device_.kernels().PackInt8(parts);
+  }
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {
     absl::StatusOr<EmbeddingTable> made = device_.kernels().MakeEmbeddingTable(table);
     if (made.ok()) tables_.insert(made->view.data);

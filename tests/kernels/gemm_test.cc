@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -181,8 +183,8 @@ INSTANTIATE_TEST_SUITE_P(Fma, GemmTest,
 // Those that this machine has.
 std::vector<std::string> DotGemms() {
   std::vector<std::string> names;
-  if (cpu::Avx512DotBody().ok()) names.emplace_back("avx512_bf16");
-  if (cpu::AmxDotBody().ok()) names.emplace_back("amx");
+  if (cpu::Avx512DotBodies().ok()) names.emplace_back("avx512_bf16");
+  if (cpu::AmxDotBodies().ok()) names.emplace_back("amx");
   return names;
 }
 
@@ -221,6 +223,74 @@ TEST(DotGemmTest, BitsOfARowDoNotDependOnTheCallForShapesOfModels) {
   }
 }
 
+// Sums of integers are exact, so every implementation gives the bits of the reference, whatever the call.
+TEST(Int8GemmTest, EveryImplementationGivesTheBitsOfTheReference) {
+  struct Implementation {
+    std::string target;
+    std::string gemm;
+  };
+  std::vector<Implementation> implementations;
+  for (const std::string& target : FastTargets()) implementations.push_back({target, "fma"});
+  for (const std::string& gemm : DotGemms()) implementations.push_back({FastTargets().back(), gemm});
+  const std::vector<Shape> shapes = {{1, 1}, {3, 5}, {31, 17}, {32, 64}, {70, 333}, {200, 130}, {40, 2500}};
+  constexpr std::int64_t kMaxRows = 65;
+  Random random(6);
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const Shape shape : shapes) {
+      const Array w(dtype, random.Normals(static_cast<std::size_t>(shape.columns * shape.depth)), 1);
+      std::vector<float> values = random.Normals(static_cast<std::size_t>(kMaxRows * shape.depth));
+      std::fill(values.begin() + shape.depth, values.begin() + 2 * shape.depth, 0.0F);
+      const Array all(dtype, values);
+      const std::vector<float> bias = random.Normals(static_cast<std::size_t>(shape.columns));
+      const std::vector<float> before = random.Normals(static_cast<std::size_t>(kMaxRows * shape.columns));
+      const std::vector<MatrixView> parts = {ViewOf(w, shape.columns, shape.depth)};
+      Rig reference("reference");
+      const auto plain = reference.kernels().PackInt8(parts).value();
+      const std::vector<float> expected = RunGemm(reference, all, *plain, &bias, &before);
+      for (const auto& [target, gemm] : implementations) {
+        Rig rig(target, 2, gemm);
+        const auto weight = rig.kernels().PackInt8(parts).value();
+        for (const std::int64_t num_rows : {1, 2, 7, 16, 17, 40, 65}) {
+          const Array a(dtype, std::vector<float>(values.begin(), values.begin() + num_rows * shape.depth));
+          ExpectSameBits(RunGemm(rig, a, *weight, &bias, &before),
+                         std::vector<float>(expected.begin(), expected.begin() + num_rows * shape.columns),
+                         target + " " + gemm + ", " + std::to_string(num_rows) + " rows of " +
+                             std::to_string(shape.depth) + " to " + std::to_string(shape.columns));
+        }
+      }
+    }
+  }
+}
+
+// The reference itself, against the products of what was not rounded.
+TEST(Int8GemmTest, RoundingCostsAboutAPercent) {
+  Random random(7);
+  constexpr Shape kShape = {64, 512};
+  const Array w(DType::kF32, random.Normals(kShape.columns * kShape.depth));
+  const Array a(DType::kF32, random.Normals(20 * kShape.depth));
+  Rig rig("reference");
+  const auto weight = rig.kernels().PackInt8(std::vector<MatrixView>{ViewOf(w, kShape.columns, kShape.depth)}).value();
+  const std::vector<float> out = RunGemm(rig, a, *weight, nullptr, nullptr);
+  const std::vector<double> oracle = Oracle(a, w, kShape);
+  double error = 0;
+  double size = 0;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    error += (out[i] - oracle[i]) * (out[i] - oracle[i]);
+    size += oracle[i] * oracle[i];
+  }
+  EXPECT_LT(std::sqrt(error / size), 0.015);
+  EXPECT_GT(std::sqrt(error / size), 0.001);
+}
+
+TEST(Int8GemmTest, RefusesMoreColumnsThanSumsCanHold) {
+  for (const std::string& target : AllTargets()) {
+    Rig rig(target);
+    const Array w(DType::kF32, std::vector<float>(65537, 1.0F));
+    const auto weight = rig.kernels().PackInt8(std::vector<MatrixView>{ViewOf(w, 1, 65537)});
+    EXPECT_EQ(weight.status().code(), absl::StatusCode::kInvalidArgument);
+  }
+}
+
 TEST(ChooseGemmTest, WhatIsNamedIsUsedOrRefused) {
   const std::string best = FastTargets().back();
   const auto make = [](const std::string& target, const std::string& gemm) {
@@ -233,7 +303,7 @@ TEST(ChooseGemmTest, WhatIsNamedIsUsedOrRefused) {
   EXPECT_EQ(make(best, "fma").value()->description(), "cpu " + best + " fma-gemm");
   EXPECT_EQ(make("scalar", "auto").value()->description(), "cpu scalar fma-gemm");
   for (const std::string gemm : {"avx512_bf16", "amx"}) {
-    const bool is_here = gemm == "amx" ? cpu::AmxDotBody().ok() : cpu::Avx512DotBody().ok();
+    const bool is_here = gemm == "amx" ? cpu::AmxDotBodies().ok() : cpu::Avx512DotBodies().ok();
     const auto device = make(best, gemm);
     EXPECT_EQ(device.ok(), is_here) << device.status();
     if (is_here) {

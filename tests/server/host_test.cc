@@ -97,6 +97,15 @@ TEST(MachineMemory, DefaultKvCacheIsAnEighth) {
   EXPECT_EQ(DefaultKvCacheBytes(small, 3 * kGiB), 0);
 }
 
+TEST(KvSpace, DiffersWithAllThatChangesTheBytes) {
+  const std::string space = KvSpace("abc", DType::kBF16, "none", "cpu avx512 amx-gemm");
+  EXPECT_EQ(space, KvSpace("abc", DType::kBF16, "none", "cpu avx512 amx-gemm"));
+  EXPECT_NE(space, KvSpace("abd", DType::kBF16, "none", "cpu avx512 amx-gemm"));
+  EXPECT_NE(space, KvSpace("abc", DType::kF32, "none", "cpu avx512 amx-gemm"));
+  EXPECT_NE(space, KvSpace("abc", DType::kBF16, "int8", "cpu avx512 amx-gemm"));
+  EXPECT_NE(space, KvSpace("abc", DType::kBF16, "none", "cpu avx512 fma-gemm"));
+}
+
 TEST(PlanCapacity, FitsTheContextToTheCache) {
   CapacityRequest request{.default_kv_cache_bytes = 1000, .block_bytes = 100, .max_positions = 512};
   EXPECT_EQ(PlanCapacity(request)->max_model_len, 160);

@@ -87,12 +87,12 @@ struct Rig {
 
   static Rig Make(const std::string& folder, EngineOptions options, const CpuDeviceOptions& device_options = {},
                   DTypeChoice dtype = DTypeChoice::kAuto, EngineObserver* observer = nullptr,
-                  const MakeHost& make_host = nullptr) {
+                  const MakeHost& make_host = nullptr, Quantization quantization = Quantization::kNone) {
     Rig rig;
     absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_options);
     SPILLWAY_CHECK(device.ok()) << device.status();
     rig.device = *std::move(device);
-    absl::StatusOr<std::unique_ptr<Model>> model = Model::Load(folder, dtype, *rig.device, nullptr);
+    absl::StatusOr<std::unique_ptr<Model>> model = Model::Load(folder, dtype, quantization, *rig.device, nullptr);
     SPILLWAY_CHECK(model.ok()) << model.status();
     if (options.max_model_len == 0) options.max_model_len = (*model)->config().max_positions;
     if (options.kv_cache_bytes == 0) options.kv_cache_bytes = 64LL << 20;
