@@ -139,7 +139,9 @@ class PacedRig {
   std::size_t block_bytes() const { return block_bytes_; }
 
  private:
-  std::unique_ptr<Model> LoadModel() { return *Model::Load(folder_, DTypeChoice::kAuto, *device_, nullptr); }
+  std::unique_ptr<Model> LoadModel() {
+    return *Model::Load(folder_, DTypeChoice::kAuto, Quantization::kNone, *device_, nullptr);
+  }
 
   const std::string folder_;
   std::unique_ptr<Device> device_;

@@ -106,6 +106,13 @@ absl::Status ThreadedEngine::Start(Device& device) {
       .max_transfer_bytes_per_second = options_.max_transfer_bytes_per_second,
       .before_copy = options_.before_copy};
   ASSIGN_OR_RETURN(store_, KvStore::Make(device, host, store_options, [this] { mailbox_.TransferDone(); }));
+  const StepRunner::Limits limits{
+      .max_tokens = options_.max_num_batched_tokens,
+      .max_sequences = std::min(options_.max_num_seqs, options_.max_num_batched_tokens),
+      .max_blocks_per_sequence = (options_.max_model_len + kBlockTokens - 1) / kBlockTokens,
+      .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
+  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, options_.hash_logits));
+  RETURN_IF_ERROR(Calibrate(device));
   scheduler_ = std::make_unique<Scheduler>(
       *store_, chain_,
       Scheduler::Options{.max_num_seqs = options_.max_num_seqs,
@@ -114,14 +121,7 @@ absl::Status ThreadedEngine::Start(Device& device) {
                          .enable_prefix_caching = options_.enable_prefix_caching,
                          .policy = options_.scheduling_policy,
                          .load_choice = options_.load_choice},
-      observer_);
-  const StepRunner::Limits limits{
-      .max_tokens = options_.max_num_batched_tokens,
-      .max_sequences = std::min(options_.max_num_seqs, options_.max_num_batched_tokens),
-      .max_blocks_per_sequence = (options_.max_model_len + kBlockTokens - 1) / kBlockTokens,
-      .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
-  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, options_.hash_logits));
-  RETURN_IF_ERROR(Calibrate(device));
+      observer_, &*cost_model_);
   Beat();
   thread_ = std::thread([this] { Loop(); });
   return absl::OkStatus();

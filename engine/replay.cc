@@ -85,7 +85,7 @@ class Replica {
              .caching = options.scheduling.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
              .pacing = {},
              .before_copy = nullptr})),
-        scheduler_(*store_, chain_, options.scheduling, nullptr) {}
+        scheduler_(*store_, chain_, options.scheduling, nullptr, &model) {}
 
   void Run(const Indices& indices, const std::function<void()>& done);
 

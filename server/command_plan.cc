@@ -28,7 +28,7 @@ absl::StatusOr<PlanMachine> MeasureThis(const Options& options, const Environmen
   const double host_bytes =
       host.host_tier != nullptr ? static_cast<double>(host.host_tier->stats().capacity_bytes) : 0.0;
   return PlanMachine{.name = "this",
-                     .label = host.device->description(),
+                     .label = host.device().description(),
                      .is_measured = true,
                      .model = *status.cost_model,
                      .device_tokens = static_cast<double>(host.engine->capacity_tokens()),

@@ -158,7 +158,8 @@ std::vector<OptionRow> MakeTable() {
        .group = "KV cache",
        .help =
            "Size of the device's KV cache. auto: an eighth of the smaller of 25 % of available memory and the cgroup "
-           "limit less weights and 2 GiB (at least a quarter of the limit less weights); on cuda three quarters of what "
+           "limit less weights and 2 GiB (at least a quarter of the limit less weights); on cuda three quarters of "
+           "what "
            "the weights leave.",
        .vllm = "--kv-cache-memory-bytes"},
       {.name = "block-size",

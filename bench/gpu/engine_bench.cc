@@ -95,7 +95,8 @@ class EngineBench {
     }
     device_ = *std::move(device);
     const auto begin = std::chrono::steady_clock::now();
-    absl::StatusOr<std::unique_ptr<Model>> model = Model::Load(arguments.folder, DTypeChoice::kAuto, *device_, nullptr);
+    absl::StatusOr<std::unique_ptr<Model>> model =
+        Model::Load(arguments.folder, DTypeChoice::kAuto, Quantization::kNone, *device_, nullptr);
     SPILLWAY_CHECK(model.ok()) << model.status();
     model_ = *std::move(model);
     const double us = Microseconds(begin);

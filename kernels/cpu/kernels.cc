@@ -155,8 +155,9 @@ absl::StatusOr<Choice> ChooseGemm(Target target, std::string_view gemm) {
   }
   if (!HasAvx512(target)) {
     if (gemm == "auto") return Choice{};
-    return absl::InvalidArgumentError(absl::StrCat(
-        "cpu device: gemm '", std::string(gemm), "' goes with the avx512 targets, not with ", std::string(NameOf(target))));
+    return absl::InvalidArgumentError(absl::StrCat("cpu device: gemm '", std::string(gemm),
+                                                   "' goes with the avx512 targets, not with ",
+                                                   std::string(NameOf(target))));
   }
   if (gemm == "amx" || (gemm == "auto" && target != Target::kAvx512Bf16)) {
     const absl::StatusOr<DotBodies> amx = AmxDotBodies();
