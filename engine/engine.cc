@@ -9,6 +9,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/calibration.h"
+#include "engine/home_keeper.h"
+#include "engine/home_reader.h"
 #include "engine/mailbox.h"
 #include "engine/model.h"
 #include "engine/scheduler.h"
@@ -24,6 +26,9 @@ double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 // Stop ids of one request at most; the step's metadata is sized for it.
 constexpr std::size_t kMaxStopTokens = 256;
+
+// How often a sequence looks for a home slot where what pins them all is not this engine's to wait for.
+constexpr std::chrono::milliseconds kHomePoll(1);
 
 class ThreadedEngine : public Engine {
  public:
@@ -42,9 +47,11 @@ class ThreadedEngine : public Engine {
   bool ResetPrefixCache() override;
 
  private:
+  std::uint32_t MaxHomeBlocks(const Device& device, const HostTier& host, std::uint32_t num_blocks);
   void Loop();
   bool HandleMail();  // false: stop
   bool RunStep();     // false: the engine has failed
+  bool AwaitHomeSlot(double now);
   void Digest(const StepPlan& plan);
   void End(Sequence& sequence, const Finish& finish);
   void Report(const Sequence& sequence, FinishReason reason, bool failed);
@@ -62,12 +69,14 @@ class ThreadedEngine : public Engine {
   Mailbox mailbox_;
 
   const std::unique_ptr<HostTier> null_host_ = MakeNullHostTier();
+  std::string no_home_;  // why sequences cannot exceed the device tier; empty where they can
   // Engine thread only, after Start.
   std::unique_ptr<KvStore> store_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<StepRunner> runner_;
   std::optional<CostModel> cost_model_;
-  TransferStats restores_;  // that cost_model_ has been told of
+  TransferStats restores_;              // that cost_model_ has been told of
+  double home_slot_awaited_since_ = 0;  // 0: it is not
 
   // Any thread.
   std::atomic<double> last_beat_{0};
@@ -77,12 +86,30 @@ class ThreadedEngine : public Engine {
   std::atomic<std::int64_t> num_cold_{0};
   std::atomic<std::int64_t> num_evicted_{0};
   std::atomic<double> compute_seconds_{0};
+  std::atomic<std::int64_t> num_home_{0};
+  std::atomic<std::int64_t> streamed_bytes_{0};
   mutable std::mutex failure_mutex_;  // guards failure_
   std::string failure_;
   mutable std::mutex published_mutex_;  // guards published_model_
   std::optional<CostModel> published_model_;
   std::thread thread_;
 };
+
+// Host slots that sequences may call home; where that is none, why.
+std::uint32_t ThreadedEngine::MaxHomeBlocks(const Device& device, const HostTier& host, std::uint32_t num_blocks) {
+  const auto share = host.num_blocks() / static_cast<std::uint32_t>(options_.num_engines);
+  if (share < static_cast<std::uint32_t>(kSegmentBlocks)) {
+    no_home_ = "no host tier to hold more";
+  } else if (device.host_kv() == HostKv::kNone) {
+    no_home_ = absl::StrCat("no way on ", device.description(), " for attention to read the host tier");
+  } else if (num_blocks < HomeKeeper::kMinDeviceBlocks) {
+    no_home_ = absl::StrCat("fewer than the ", HomeKeeper::kMinDeviceBlocks,
+                            " blocks on the device that it takes to hold more in the host tier");
+  } else {
+    return share / kSegmentBlocks * kSegmentBlocks;
+  }
+  return 0;
+}
 
 absl::Status ThreadedEngine::Start(Device& device) {
   const KvLayout layout = model_->kv_layout();
@@ -97,10 +124,17 @@ absl::Status ThreadedEngine::Start(Device& device) {
         "max_model_len must be at least 2; max_num_seqs, max_num_batched_tokens and max_queued_requests at least 1; "
         "long_prefill_token_threshold at least 0");
   }
+  if (options_.num_engines < 1 || options_.staging_blocks < kSegmentBlocks ||
+      options_.staging_blocks % kSegmentBlocks != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_engines must be at least 1; staging_blocks a multiple of ", kSegmentBlocks));
+  }
   HostTier& host = options_.host_tier != nullptr ? *options_.host_tier : *null_host_;
+  const std::uint32_t max_home_blocks = MaxHomeBlocks(device, host, static_cast<std::uint32_t>(num_blocks));
   const KvStoreOptions store_options{
       .layout = layout,
       .num_blocks = static_cast<std::uint32_t>(num_blocks),
+      .max_home_blocks = max_home_blocks,
       .caching = options_.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
       .pacing = {.bytes_per_second = options_.link_bytes_per_second, .latency_seconds = options_.link_latency_seconds},
       .max_transfer_bytes_per_second = options_.max_transfer_bytes_per_second,
@@ -109,9 +143,22 @@ absl::Status ThreadedEngine::Start(Device& device) {
   const StepRunner::Limits limits{
       .max_tokens = options_.max_num_batched_tokens,
       .max_sequences = std::min(options_.max_num_seqs, options_.max_num_batched_tokens),
-      .max_blocks_per_sequence = (options_.max_model_len + kBlockTokens - 1) / kBlockTokens,
+      .max_blocks_per_sequence = std::min(BlocksFor(options_.max_model_len), static_cast<std::int32_t>(num_blocks)),
       .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
-  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, options_.hash_logits));
+  std::unique_ptr<HomeReader> home_reader;
+  if (max_home_blocks > 0) {
+    const bool is_paced = options_.link_bytes_per_second > 0;
+    const bool in_place = device.host_kv() == HostKv::kInPlace && !is_paced && !options_.stages_always;
+    ASSIGN_OR_RETURN(home_reader, HomeReader::Make(device, {.path = in_place ? HomeReader::Path::kInPlace
+                                                                             : HomeReader::Path::kStaged,
+                                                            .home = store_->home_view(),
+                                                            .link = store_->link(),
+                                                            .num_heads = model_->config().num_heads,
+                                                            .max_tokens = options_.max_num_batched_tokens,
+                                                            .max_home_blocks = max_home_blocks,
+                                                            .staging_blocks = options_.staging_blocks}));
+  }
+  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, std::move(home_reader), options_.hash_logits));
   RETURN_IF_ERROR(Calibrate(device));
   scheduler_ = std::make_unique<Scheduler>(
       *store_, chain_,
@@ -166,10 +213,13 @@ absl::Status ThreadedEngine::Submit(std::vector<SequenceRequest> requests) {
                                                 options_.max_model_len));
     }
     // The last sampled token is never computed, so it needs no row.
-    if (wanted - 1 > capacity_tokens()) {
-      return absl::OutOfRangeError(absl::StrCat("prompt of ", prompt, " tokens and max_tokens ",
-                                                request.sampling.max_tokens, " can never fit the KV cache of ",
-                                                capacity_tokens(), " tokens"));
+    const std::int64_t home_tokens = std::int64_t{store_->max_home()} * kBlockTokens;
+    if (wanted - 1 > capacity_tokens() + home_tokens) {
+      return absl::OutOfRangeError(absl::StrCat(
+          "prompt of ", prompt, " tokens and max_tokens ", request.sampling.max_tokens,
+          " can never fit the KV cache of ", capacity_tokens(), " tokens",
+          no_home_.empty() ? absl::StrCat(" and the ", home_tokens, " tokens that the host tier holds beyond it")
+                           : absl::StrCat("; there is ", no_home_)));
     }
   }
   switch (mailbox_.Submit(requests, Now(), options_.max_queued_requests)) {
@@ -210,6 +260,13 @@ EngineStatus ThreadedEngine::status() const {
   status.store_seconds = stores.seconds;
   status.store_copies = stores.by_copy_size;
   status.evicted_blocks = num_evicted_.load(std::memory_order_relaxed);
+  status.home_blocks = num_home_.load(std::memory_order_relaxed);
+  status.home_blocks_max = store_->max_home();
+  const TransferStats moves = store_->transfer_stats(Transfer::Kind::kMoveHome);
+  status.home_buffer_bytes = runner_->home_buffer_bytes();
+  status.moved_home_bytes = moves.bytes;
+  status.move_home_seconds = moves.seconds;
+  status.streamed_bytes = streamed_bytes_.load(std::memory_order_relaxed);
   {
     const std::lock_guard lock(failure_mutex_);
     status.failure = failure_;
@@ -296,15 +353,23 @@ StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
 
 bool ThreadedEngine::RunStep() {
   const double begin = Now();
+  if (!store_->status().ok()) {
+    Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", store_->status().message())));
+    return false;
+  }
   const StepPlan plan = scheduler_->Plan(begin);
   PublishStatus();
   if (plan.empty()) {
-    SPILLWAY_CHECK(store_->has_transfers()) << "there is work and no step to make of it";
+    if (!store_->has_transfers()) {
+      SPILLWAY_CHECK(scheduler_->awaits_home()) << "there is work and no step to make of it";
+      return AwaitHomeSlot(begin);
+    }
     if (mailbox_.AwaitFor(absl::ToChronoNanoseconds(options_.stall_timeout))) return true;
     Fail(absl::UnavailableError(
         absl::StrCat("no transfer has ended within ", absl::FormatDuration(options_.stall_timeout))));
     return false;
   }
+  home_slot_awaited_since_ = 0;
   const StepWork work = WorkOf(plan);
   const double launched = Now();
   runner_->Launch(plan, store_->view(), [this] { mailbox_.StepDone(); });
@@ -328,6 +393,18 @@ bool ThreadedEngine::RunStep() {
                        .num_generated = static_cast<std::int32_t>(runner_->results().size()),
                        .num_preempted = plan.num_preempted});
   }
+  return true;
+}
+
+// Home slots are pinned by what does not report here: other engines' transfers, writes to files. False: for too long.
+bool ThreadedEngine::AwaitHomeSlot(double now) {
+  if (home_slot_awaited_since_ == 0) home_slot_awaited_since_ = now;
+  if (now - home_slot_awaited_since_ > absl::ToDoubleSeconds(options_.stall_timeout)) {
+    Fail(absl::UnavailableError(absl::StrCat("no slot of the host tier has been released within ",
+                                             absl::FormatDuration(options_.stall_timeout))));
+    return false;
+  }
+  mailbox_.AwaitFor(kHomePoll);
   return true;
 }
 
@@ -417,6 +494,8 @@ void ThreadedEngine::PublishStatus() {
   num_held_.store(store_->num_held(), std::memory_order_relaxed);
   num_cold_.store(store_->num_cold(), std::memory_order_relaxed);
   num_evicted_.store(store_->num_evicted(), std::memory_order_relaxed);
+  num_home_.store(store_->num_home(), std::memory_order_relaxed);
+  streamed_bytes_.store(runner_->streamed_bytes(), std::memory_order_relaxed);
   const std::lock_guard lock(published_mutex_);
   published_model_ = cost_model_;
 }

@@ -38,6 +38,12 @@ struct EngineOptions {
   std::string prefix_hash_seed = "0";                // first parent of the key chain (vLLM: PYTHONHASHSEED)
   absl::Duration stall_timeout = absl::Seconds(60);  // a step that takes longer is a stall
   HostTier* host_tier = nullptr;                     // outlives the engine, shared by several; null: offloading off
+  // Engines over host_tier: each may use its share of the slots for blocks that running sequences have there alone.
+  std::int32_t num_engines = 1;
+  // Those blocks are copied to the device, so many at a time, where kernels cannot read them in place, and where this
+  // says so: benchmarks and tests.
+  std::int32_t staging_blocks = 256;  // a multiple of kSegmentTokens / kBlockTokens
+  bool stages_always = false;
   double link_bytes_per_second = 0;  // paces copies to and from the host tier (LinkPacing); 0: not paced
   double link_latency_seconds = 0;
   double max_transfer_bytes_per_second = 0;                  // caps copies to and from the host tier; 0: no cap
@@ -101,7 +107,13 @@ struct EngineStatus {
   double store_seconds = 0;
   CopySizes restore_copies{};  // the same, by the size of a copy
   CopySizes store_copies{};
-  std::int64_t evicted_blocks = 0;  // forgotten by the device tier for others, since start
+  std::int64_t evicted_blocks = 0;   // forgotten by the device tier for others, since start
+  std::int64_t home_blocks = 0;      // host slots that running sequences hold
+  std::int64_t home_blocks_max = 0;  // 0: sequences do not exceed the device tier
+  std::int64_t moved_home_bytes = 0;
+  double move_home_seconds = 0;
+  std::int64_t home_buffer_bytes = 0;   // reserved on the device to attend to home blocks
+  std::int64_t streamed_bytes = 0;      // home blocks' bytes that attention has read
   double compute_seconds = 0;           // in which a step ran, since start
   std::optional<CostModel> cost_model;  // as of the last step; nullopt: an engine that has none
   bool is_alive = true;                 // false: stopped, failed or stalled beyond stall_timeout

@@ -133,6 +133,7 @@ class DenseDecoder : public Model {
     float* logits;      // [sampled, vocab]
   };
   Workspace LayOut(Arena& arena, std::int64_t max_tokens, std::int64_t max_sampled) const;
+  void Attend(Stream& stream, const StepArrays& arrays, const KvView& kv, int layer) const;
   std::int64_t query_width() const { return std::int64_t{config_.num_heads} * config_.head_dim; }
   std::int64_t kv_width() const { return std::int64_t{config_.num_kv_heads} * config_.head_dim; }
 
@@ -284,6 +285,31 @@ absl::Status DenseDecoder::Reserve(std::int64_t max_tokens, std::int64_t max_sam
   return absl::OkStatus();
 }
 
+void DenseDecoder::Attend(Stream& stream, const StepArrays& arrays, const KvView& kv, int layer) const {
+  const std::int64_t num_resident = arrays.num_sequences - arrays.num_streamed;
+  AttentionArgs args{.q = workspace_.query,
+                     .q_dtype = dtype_,
+                     .num_heads = config_.num_heads,
+                     .layer = layer,
+                     .scale = 1.0F / std::sqrt(static_cast<float>(config_.head_dim)),
+                     .kv = kv,
+                     .num_sequences = num_resident,
+                     .num_tokens = arrays.num_tokens,
+                     .query_begin = arrays.query_begin,
+                     .first_position = arrays.first_position,
+                     .block_begin = arrays.block_begin,
+                     .block_table = arrays.block_table,
+                     .out = workspace_.narrow,
+                     .out_dtype = dtype_};
+  if (num_resident > 0) device_.kernels().Attention(stream, args);
+  if (arrays.num_streamed == 0) return;
+  args.num_sequences = arrays.num_streamed;
+  args.query_begin += num_resident;
+  args.first_position += num_resident;
+  args.block_begin += num_resident;
+  arrays.home_reader->Attend(stream, arrays.home, args);
+}
+
 const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, const KvView& kv) {
   const Kernels& kernels = device_.kernels();
   const Workspace& w = workspace_;
@@ -325,20 +351,7 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
                                 .kv = kv,
                                 .q = w.query,
                                 .q_dtype = dtype_});
-    kernels.Attention(stream, {.q = w.query,
-                               .q_dtype = dtype_,
-                               .num_heads = config_.num_heads,
-                               .layer = i,
-                               .scale = 1.0F / std::sqrt(static_cast<float>(config_.head_dim)),
-                               .kv = kv,
-                               .num_sequences = arrays.num_sequences,
-                               .num_tokens = num_tokens,
-                               .query_begin = arrays.query_begin,
-                               .first_position = arrays.first_position,
-                               .block_begin = arrays.block_begin,
-                               .block_table = arrays.block_table,
-                               .out = w.narrow,
-                               .out_dtype = dtype_});
+    Attend(stream, arrays, kv, i);
     gemm(w.narrow, num_tokens, *layer.output, GemmOutput::kAdd, w.residual);
     norm(layer.post_norm, nullptr, num_tokens, w.narrow);
     gemm(w.narrow, num_tokens, *layer.gate_up, GemmOutput::kStore, w.wide);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/home_reader.h"
 #include "engine/model_config.h"
 #include "engine/safetensors.h"
 #include "kernels/kernels.h"
@@ -38,6 +39,10 @@ struct StepArrays {
   const std::int32_t* block_begin = nullptr;     // [num_sequences + 1]
   const std::int32_t* block_table = nullptr;
   const std::int32_t* sampled_rows = nullptr;  // [num_sampled] token rows whose logits are wanted
+  // The last num_streamed sequences have blocks at home; in block_table are those behind, which the device holds.
+  std::int64_t num_streamed = 0;
+  HomeReader* home_reader = nullptr;
+  HomeReader::Layout home{};
 };
 
 class Model {

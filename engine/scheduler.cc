@@ -8,7 +8,7 @@
 namespace spillway {
 Scheduler::Scheduler(KvStore& store, const KeyChain& chain, const Options& options, EngineObserver* observer,
                      const CostModel* costs)
-    : store_(store), chain_(chain), options_(options), observer_(observer), costs_(costs) {}
+    : store_(store), keeper_(store), chain_(chain), options_(options), observer_(observer), costs_(costs) {}
 
 Scheduler::~Scheduler() {
   for (Sequence* const sequence : All()) Remove(sequence);
@@ -35,17 +35,24 @@ StepPlan Scheduler::Plan(double now) {
   PlanRunning(plan);
   if (plan.num_preempted == 0) AdmitReady(plan, now);
   if (plan.num_preempted == 0) options_.policy == SchedulingPolicy::kKappa ? AdmitByKappa(plan, now) : Admit(plan, now);
+  const auto streamed = std::ranges::stable_partition(
+      plan.sequences, [](const PlannedSequence& planned) { return planned.sequence->num_home == 0; });
+  plan.num_streamed = static_cast<std::int32_t>(streamed.size());
   return plan;
 }
 
 void Scheduler::PlanRunning(StepPlan& plan) {
-  for (Sequence* const sequence : running_) sequence->num_planned = 0;
+  for (Sequence* const sequence : running_) {
+    sequence->num_planned = 0;
+    keeper_.Keep(*sequence);
+  }
   for (const bool decoding : {true, false}) {
     for (Sequence* const sequence : running_) {
       if (sequence->place != Place::kRunning) continue;  // preempted for an earlier one
       if ((sequence->num_uncomputed() == 1) != decoding || sequence->num_planned > 0) continue;
       const std::int32_t chunk = ChunkOf(*sequence, plan);
-      if (chunk > 0 && Reserve(*sequence, chunk, plan)) Schedule(*sequence, chunk, plan);
+      if (chunk <= 0) continue;
+      if (const std::int32_t granted = Reserve(*sequence, chunk, plan)) Schedule(*sequence, granted, plan);
     }
   }
   if (plan.num_preempted > 0)
@@ -60,25 +67,48 @@ std::int32_t Scheduler::ChunkOf(const Sequence& sequence, const StepPlan& plan) 
   return chunk;
 }
 
-// Holds blocks for the sequence's next num_tokens, at the cost of loads and of later runners. False: it had to go
-// itself, or blocks are on their way back and it waits for them.
-bool Scheduler::Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan) {
-  const auto wanted = static_cast<std::size_t>(BlocksFor(sequence.num_computed + num_tokens));
-  while (sequence.blocks.size() < wanted) {
+// Holds blocks for the sequence's next num_tokens, at the cost of loads and of later runners, and returns for how many
+// it does: fewer only where the sequence is long. 0: it had to go itself, or blocks are on their way back and it waits.
+std::int32_t Scheduler::Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan) {
+  const std::int32_t wanted = BlocksFor(sequence.num_computed + num_tokens);
+  while (sequence.num_blocks() < wanted) {
     std::optional<BlockRef> block = store_.Take();
     if (block) {
       sequence.blocks.push_back(*std::move(block));
       continue;
     }
-    if (RevokeNewestLoad()) continue;
-    if (store_.num_returning() > 0) return false;
+    if (MakeAvailable() || RevokeNewestLoad()) continue;
+    if (store_.num_returning() > 0 || awaits_home()) return 0;
+    const std::int32_t granted = sequence.num_blocks() * kBlockTokens - sequence.num_computed;
+    if (granted > 0 && keeper_.IsLong(sequence)) return granted;
     Sequence& last = LastRunner();
     const bool is_alone = std::ranges::count(running_, Place::kRunning, &Sequence::place) == 1;
     SPILLWAY_CHECK(!is_alone) << "a sequence that was accepted does not fit the pool alone";
     Preempt(last, plan);
-    if (&last == &sequence) return false;
+    if (&last == &sequence) return 0;
   }
+  return num_tokens;
+}
+
+// The newest long sequence lets go of a segment that is home. False: there is none.
+bool Scheduler::MakeAvailable() {
+  const auto newest = std::find_if(running_.rbegin(), running_.rend(),
+                                   [](const Sequence* sequence) { return HomeKeeper::NumDroppable(*sequence) > 0; });
+  if (newest == running_.rend()) return false;
+  HomeKeeper::DropSegment(**newest);
   return true;
+}
+
+// Blocks that can be had at once without revoking or preempting anybody.
+std::int64_t Scheduler::NumAvailable() const {
+  std::int64_t count = store_.num_available();
+  for (const Sequence* const sequence : running_) count += HomeKeeper::NumDroppable(*sequence);
+  return count;
+}
+
+bool Scheduler::awaits_home() const {
+  return store_.num_moving_home() > 0 ||
+         std::ranges::any_of(running_, [this](const Sequence* sequence) { return keeper_.AwaitsSlot(*sequence); });
 }
 
 bool Scheduler::RevokeNewestLoad() {
@@ -105,7 +135,7 @@ bool Scheduler::RevokeNewestLoad() {
 void Scheduler::GiveUpTail(Sequence& sequence) {
   for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
   sequence.restoring.clear();
-  while (static_cast<std::int32_t>(sequence.blocks.size()) > sequence.load_begin) sequence.blocks.pop_back();
+  while (sequence.num_blocks() > sequence.load_begin) sequence.blocks.pop_back();
   std::erase(splits_, &sequence);
 }
 
@@ -140,6 +170,8 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
                     sequence.tokens);
   }
   KvStore::Release(sequence.blocks);
+  KvStore::Release(sequence.home);
+  sequence.num_home = 0;
   if (!sequence.was_scheduled) sequence.num_cached_below = 0;
   sequence.num_computed = 0;
   sequence.num_published = 0;
@@ -161,11 +193,16 @@ void Scheduler::Unschedule(Sequence& sequence, StepPlan& plan) {
   sequence.num_planned = 0;
 }
 
-// Room for all its known tokens; its outputs are taken on credit. A sequence alone always has room: it was accepted
-// because it fits the pool.
+// What it needs on the device at once; its outputs are taken on credit.
+std::int64_t Scheduler::DeviceBlocksFor(const Sequence& sequence) const {
+  const std::int64_t num_blocks = BlocksFor(sequence.size());
+  return keeper_.IsLong(sequence) ? std::min<std::int64_t>(num_blocks, HomeKeeper::kMinDeviceBlocks) : num_blocks;
+}
+
+// Room for all its known tokens. A sequence alone always has room: it was accepted because it fits.
 bool Scheduler::HasRoomFor(const Sequence& sequence) const {
-  return IsIdle() ||
-         static_cast<std::size_t>(BlocksFor(sequence.size())) <= sequence.blocks.size() + store_.num_available();
+  const auto num_held = static_cast<std::int64_t>(sequence.blocks.size());
+  return IsIdle() || (DeviceBlocksFor(sequence) <= num_held + NumAvailable() && keeper_.HasHomeFor(sequence));
 }
 
 void Scheduler::AdmitReady(StepPlan& plan, double now) {
@@ -197,7 +234,7 @@ bool Scheduler::Settle(Sequence& sequence) {
   const auto is_lost = [](const auto& each) { return each->state == Restoring::State::kFailed; };
   const auto num_sound =
       static_cast<std::int32_t>(std::ranges::find_if(sequence.restoring, is_lost) - sequence.restoring.begin());
-  if (!sequence.was_scheduled) sequence.num_cached_below = num_sound * kBlockTokens;
+  if (!sequence.was_scheduled) sequence.num_cached_below += num_sound * kBlockTokens;
   for (std::int32_t i = 0; i < num_sound; ++i, ++sequence.num_published) {
     if (sequence.num_published < sequence.num_claimed) {
       Unclaim(sequence.keys[static_cast<std::size_t>(sequence.num_published)]);
@@ -223,7 +260,8 @@ void Scheduler::Run(Sequence& sequence, StepPlan& plan, double now) {
   if (!sequence.restoring.empty()) splits_.push_back(&sequence);
   ClaimKeys(sequence);
   const std::int32_t chunk = ChunkOf(sequence, plan);
-  if (chunk > 0 && Reserve(sequence, chunk, plan)) Schedule(sequence, chunk, plan);
+  const std::int32_t granted = chunk > 0 ? Reserve(sequence, chunk, plan) : 0;
+  if (granted > 0) Schedule(sequence, granted, plan);
   if (plan.num_preempted > 0)
     std::erase_if(running_, [](const Sequence* each) { return each->place != Place::kRunning; });
 }
@@ -235,12 +273,16 @@ void Scheduler::Computed(const StepPlan& plan) {
     sequence.num_planned = 0;
     GrowKeys(sequence);
     const std::int32_t full = sequence.num_computed / kBlockTokens;
+    // The home copy of a long sequence's block is also the one that others may find.
+    const auto write_through = keeper_.IsLong(sequence) ? WriteThrough::kNo : WriteThrough::kYes;
     for (; sequence.num_published < full; ++sequence.num_published) {
       const auto i = static_cast<std::size_t>(sequence.num_published);
       const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(i * kBlockTokens, kBlockTokens);
-      store_.Publish(sequence.blocks[i], sequence.keys[i], tokens);
+      const BlockRef& block = sequence.blocks[i - static_cast<std::size_t>(sequence.num_home)];
+      store_.Publish(block, sequence.keys[i], tokens, write_through);
       if (sequence.num_published < sequence.num_claimed) Unclaim(sequence.keys[i]);
     }
+    keeper_.Keep(sequence);
     if (!sequence.restoring.empty()) Settle(sequence);
   }
 }
@@ -331,31 +373,30 @@ void Scheduler::CheckInvariants() const {
   SPILLWAY_CHECK(count(Place::kFresh) == fresh_.size() && count(Place::kHeld) == held_.size());
   SPILLWAY_CHECK(count(Place::kLoading) == loading_.size() && count(Place::kReady) == ready_.size());
   for (const Sequence* const sequence : all) {
-    const auto published = static_cast<std::size_t>(sequence->num_published);
+    const auto restoring = static_cast<std::int32_t>(sequence->restoring.size());
+    HomeKeeper::CheckInvariants(*sequence);
     switch (sequence->place) {
       case Place::kWaiting:
       case Place::kFresh:
       case Place::kHeld:
       case Place::kAwaiting:
-        SPILLWAY_CHECK(sequence->blocks.empty() && sequence->num_computed == 0 && sequence->num_claimed == 0);
+        SPILLWAY_CHECK(sequence->num_blocks() == 0 && sequence->num_computed == 0 && sequence->num_claimed == 0);
+        SPILLWAY_CHECK(sequence->home.empty());
         break;
       case Place::kLoading:
       case Place::kReady:
-        SPILLWAY_CHECK(sequence->blocks.size() == published + sequence->restoring.size());
+        SPILLWAY_CHECK(sequence->num_blocks() == sequence->num_published + restoring);
         SPILLWAY_CHECK(sequence->num_claimed == 0);
         break;
       case Place::kRunning:
-        SPILLWAY_CHECK(sequence->num_computed + sequence->num_planned <=
-                       static_cast<std::int32_t>(sequence->blocks.size()) * kBlockTokens);
+        SPILLWAY_CHECK(sequence->num_computed + sequence->num_planned <= sequence->num_blocks() * kBlockTokens);
         SPILLWAY_CHECK(sequence->num_published * kBlockTokens <= sequence->num_computed);
-        SPILLWAY_CHECK(sequence->restoring.empty() ||
-                       sequence->blocks.size() ==
-                           static_cast<std::size_t>(sequence->load_begin) + sequence->restoring.size());
+        SPILLWAY_CHECK(restoring == 0 || sequence->num_blocks() == sequence->load_begin + restoring);
         break;
     }
   }
   SPILLWAY_CHECK(!running_.empty() || claims_.empty());
-  SPILLWAY_CHECK(has_work() || store_.has_transfers() || store_.num_held() == 0);
+  SPILLWAY_CHECK(has_work() || store_.has_transfers() || (store_.num_held() == 0 && store_.num_home() == 0));
 }
 
 }  // namespace spillway

@@ -12,10 +12,12 @@
 //   running   in order of admission; holds blocks. A split one computes the head of its prefix while the tail comes up
 //
 // A step serves decoding sequences first, then running prefills, then ready ones, then admits from waiting. A running
-// sequence that finds no block revokes the newest loads and split tails, then preempts the runner of the last rank
-// (itself if that is it), whose published blocks stay findable, here or below. The runner of the first rank is never
-// preempted for another, and every accepted sequence fits the pool alone: so some sequence always progresses. A plan is
-// empty only while transfers are about to give blocks back or bring them up.
+// sequence that finds no block takes those of long sequences that have a home copy (HomeKeeper), then revokes the
+// newest loads and split tails, then preempts the runner of the last rank (itself if that is it), whose published
+// blocks stay findable, here or below; a long prefill makes do with a shorter chunk before it preempts. The runner of
+// the first rank is never preempted for another, and every accepted sequence fits the pool and its home alone: so some
+// sequence always progresses. A plan is empty only while transfers are about to give blocks back or bring them up, or
+// while what pins all home slots is about to let them go.
 //
 // What lower tiers have of a prefix is loaded, recomputed from its tokens, or split, as LoadChoice says; a lost block
 // is computed, and what follows it.
@@ -42,6 +44,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "engine/cost_model.h"
 #include "engine/engine.h"
+#include "engine/home_keeper.h"
 #include "engine/link_share.h"
 #include "engine/scheduling_policy.h"
 #include "engine/sequence.h"
@@ -88,6 +91,9 @@ class Scheduler {
   std::int32_t num_waiting() const { return static_cast<std::int32_t>(by_id_.size() - running_.size()); }
   std::int32_t num_loading() const { return static_cast<std::int32_t>(loading_.size() + ready_.size()); }
 
+  // Blocks of running sequences are about to have a home copy, whereupon others can have theirs.
+  bool awaits_home() const;
+
   void CheckInvariants() const;
 
  private:
@@ -98,7 +104,10 @@ class Scheduler {
   };
 
   void PlanRunning(StepPlan& plan);
-  bool Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan);
+  std::int32_t Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan);
+  bool MakeAvailable();
+  std::int64_t NumAvailable() const;
+  std::int64_t DeviceBlocksFor(const Sequence& sequence) const;
   bool RevokeNewestLoad();
   Sequence& LastRunner() const;
   void Preempt(Sequence& victim, StepPlan& plan);
@@ -142,6 +151,7 @@ class Scheduler {
   void Unclaim(const BlockKey& key);
 
   KvStore& store_;
+  const HomeKeeper keeper_;
   const KeyChain& chain_;
   const Options options_;
   EngineObserver* const observer_;

@@ -49,7 +49,7 @@ void Scheduler::Examine() {
     const bool loads = Choose(prefill, {}).loaded > 0;
     sequence.seen_below = prefill.below;
     sequence.seen_resident = prefill.resident;
-    KvStore::Release(sequence.blocks);
+    GiveUpBlocks(sequence);
     LeaveQueue(sequence);
     sequence.place = loads ? Place::kHeld : Place::kFresh;
     if (loads) {
@@ -75,15 +75,15 @@ bool Scheduler::MustYield(const Sequence& sequence, const Sequence* other, doubl
 
 // Looks its prefix up and lets it go where it can: to running or loading, or to await a claim. False: no room.
 bool Scheduler::TryAdmit(Sequence& sequence, StepPlan& plan, double now) {
-  const std::int64_t num_available = store_.num_available();
+  const std::int64_t num_available = NumAvailable();
   if (!IsIdle() && num_available < sequence.num_lacking) return false;
   const auto missing = MatchPrefix(sequence);
   if (AwaitClaim(sequence, missing)) return true;
   if (!HasRoomFor(sequence)) {
-    const std::int64_t num_taken = num_available - store_.num_available();  // by the match
-    sequence.num_lacking = BlocksFor(sequence.size()) - static_cast<std::int64_t>(sequence.blocks.size()) + num_taken;
+    const std::int64_t num_taken = num_available - NumAvailable();  // by the match
+    sequence.num_lacking = DeviceBlocksFor(sequence) - static_cast<std::int64_t>(sequence.blocks.size()) + num_taken;
     if (sequence.refused_at == 0) sequence.refused_at = now;
-    KvStore::Release(sequence.blocks);
+    GiveUpBlocks(sequence);
     return false;
   }
   Leave(sequence, plan, missing, now);
@@ -99,16 +99,20 @@ bool Scheduler::RecomputeHeld(Sequence& sequence, StepPlan& plan, double now) {
   return Choose(prefill, CurrentBacklog()).recomputed > 0 && TryAdmit(sequence, plan, now);
 }
 
-// Holds what the device tier has of the prefix; returns the keys that follow.
+// Holds what the device tier has of the prefix, and a long sequence what the host tier has; returns the keys that
+// follow.
 std::span<const BlockKey> Scheduler::MatchPrefix(Sequence& sequence) {
   GrowKeys(sequence);
   const std::span<const BlockKey> keys = MatchableKeys(sequence);
   sequence.blocks = store_.Match(keys, sequence.tokens);
-  return keys.subspan(sequence.blocks.size());
+  sequence.num_matched = static_cast<std::int32_t>(sequence.blocks.size());
+  if (keeper_.IsLong(sequence)) keeper_.PinPrefix(sequence, keys, NumAvailable());
+  return keys.subspan(static_cast<std::size_t>(sequence.num_blocks()));
 }
 
 std::size_t Scheduler::CountBelow(const Sequence& sequence, std::span<const BlockKey> missing) const {
-  return store_.CountBelow(missing, std::span(sequence.tokens).subspan(sequence.blocks.size() * kBlockTokens));
+  const auto first = static_cast<std::size_t>(sequence.num_blocks()) * kBlockTokens;
+  return store_.CountBelow(missing, std::span(sequence.tokens).subspan(first));
 }
 
 bool Scheduler::Matches(const Sequence& sequence) const {
@@ -131,7 +135,7 @@ bool Scheduler::AwaitClaim(Sequence& sequence, std::span<const BlockKey> missing
     sequence.awaited = key;
   }
   if (awaited == nullptr) return false;
-  KvStore::Release(sequence.blocks);
+  GiveUpBlocks(sequence);
   LeaveQueue(sequence);
   sequence.place = Place::kAwaiting;
   awaited->awaiting.push_back(&sequence);
@@ -153,7 +157,9 @@ void Scheduler::LeaveQueue(Sequence& sequence) {
 
 // To loading where all that lower tiers have of its prefix is loaded first, else to running.
 void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockKey> missing, double now) {
-  sequence.num_published = static_cast<std::int32_t>(sequence.blocks.size());
+  sequence.num_published = sequence.num_blocks();
+  const std::int32_t num_pinned = std::max(0, sequence.num_home - sequence.num_matched);
+  if (!sequence.was_scheduled) sequence.num_cached_below = num_pinned * kBlockTokens;
   sequence.num_computed = sequence.num_published * kBlockTokens;
   const Prefill prefill = PrefillOf(sequence, CountBelow(sequence, missing));
   if (prefill.below > 0) StartLoading(sequence, missing, Choose(prefill, CurrentBacklog()));
@@ -163,9 +169,9 @@ void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockK
   }
   LeaveQueue(sequence);
   if (!sequence.was_scheduled && observer_ != nullptr && Matches(sequence)) {
-    observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed);
-    observer_->OnPrefixQueryBelow(static_cast<std::int64_t>(missing.size()) * kBlockTokens,
-                                  static_cast<std::int64_t>(sequence.restoring.size()) * kBlockTokens);
+    observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed - num_pinned * kBlockTokens);
+    observer_->OnPrefixQueryBelow((num_pinned + static_cast<std::int64_t>(missing.size())) * kBlockTokens,
+                                  (num_pinned + static_cast<std::int64_t>(sequence.restoring.size())) * kBlockTokens);
   }
   if (!sequence.restoring.empty() && sequence.load_begin == sequence.num_published) {
     sequence.place = Place::kLoading;
@@ -176,7 +182,7 @@ void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockK
 }
 
 Prefill Scheduler::PrefillOf(const Sequence& sequence, std::size_t num_below) {
-  const auto resident = static_cast<std::int64_t>(sequence.blocks.size()) * kBlockTokens;
+  const std::int64_t resident = std::int64_t{sequence.num_blocks()} * kBlockTokens;
   const auto below = static_cast<std::int64_t>(num_below) * kBlockTokens;
   return {.resident = resident, .below = below, .fresh = sequence.size() - resident - below};
 }
@@ -217,14 +223,17 @@ void Scheduler::StartLoading(Sequence& sequence, std::span<const BlockKey> below
   if (restoration.loaded == 0) return;
   const auto num_head = static_cast<std::size_t>(restoration.recomputed / kBlockTokens);
   const auto num_blocks = num_head + static_cast<std::size_t>(restoration.loaded / kBlockTokens);
-  const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(sequence.blocks.size() * kBlockTokens);
+  const auto first = static_cast<std::size_t>(sequence.num_blocks()) * kBlockTokens;
+  const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(first);
   for (std::size_t i = 0; i < num_head; ++i) {
+    if (store_.num_available() == 0) MakeAvailable();
     std::optional<BlockRef> block = store_.Take();
     if (!block) return;
     sequence.blocks.push_back(*std::move(block));
   }
-  sequence.load_begin = static_cast<std::int32_t>(sequence.blocks.size());
+  sequence.load_begin = sequence.num_blocks();
   for (std::size_t i = num_head; i < num_blocks; ++i) {
+    if (store_.num_available() == 0) MakeAvailable();
     auto restored = store_.Restore(below[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
     if (!restored) return;
     sequence.blocks.push_back(std::move(restored->block));

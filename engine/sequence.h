@@ -3,12 +3,15 @@
 // Sequence: one request's tokens, counters and blocks. Its state is its counters:
 //
 //   tokens  [0, num_prompt) given, [num_prompt, size) sampled and reported
-//   KV      [0, num_published * 16) findable; [.., num_computed) written; [num_computed, blocks * 16) reserved
+//   KV      [0, num_published * 16) findable; [.., num_computed) written; [num_computed, num_blocks() * 16) reserved
+//   blocks  [0, num_home) at home only, [num_home, num_blocks()) on the device; [0, home.size()) have a home copy, be
+//   it
+//           one that is being made
 //
-// A loading sequence waits for restores of blocks [num_published, blocks). A running sequence computes [num_computed,
-// size); the step that reaches size samples the next token. A split one, while it has restores, computes up to
-// load_begin only; then what has come up soundly counts as computed. Preemption sets num_computed to 0 and keeps the
-// tokens: what was sampled is computed again as prompt, never sampled again.
+// A loading sequence waits for restores of blocks [num_published, num_blocks()). A running sequence computes
+// [num_computed, size); the step that reaches size samples the next token. A split one, while it has restores, computes
+// up to load_begin only; then what has come up soundly counts as computed. Preemption sets num_computed to 0 and keeps
+// the tokens: what was sampled is computed again as prompt, never sampled again.
 //
 // Its rank among others is (rank, arrival), lower first. Engine thread only.
 
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "kernels/kernels.h"
 #include "kvstore/block_key.h"
 #include "kvstore/block_pool.h"
 #include "kvstore/kv_store.h"
@@ -26,12 +30,18 @@ namespace spillway {
 // The queue of the Scheduler that holds it.
 enum class Place : std::uint8_t { kWaiting, kFresh, kHeld, kAwaiting, kLoading, kReady, kRunning };
 
+inline constexpr std::int32_t kSegmentBlocks = kSegmentTokens / kBlockTokens;
+
+inline std::int32_t BlocksFor(std::int32_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
+
 struct Sequence {
   SequenceRequest request;
   std::vector<std::int32_t> tokens;
-  std::vector<std::int32_t> banned_until_min;  // end and stop tokens; not sampled before min_tokens outputs
-  std::vector<BlockRef> blocks;
-  std::vector<BlockKey> keys;  // of the full blocks of `tokens`, grown as they fill
+  std::vector<std::int32_t> banned_until_min;    // end and stop tokens; not sampled before min_tokens outputs
+  std::vector<BlockRef> blocks;                  // on the device
+  std::vector<std::shared_ptr<HomeBlock>> home;  // of long sequences, see HomeKeeper
+  std::int32_t num_home = 0;                     // blocks; whole segments
+  std::vector<BlockKey> keys;                    // of the full blocks of `tokens`, grown as they fill
   std::int32_t num_prompt = 0;
   std::int32_t num_computed = 0;
   std::int32_t num_published = 0;  // blocks
@@ -54,15 +64,15 @@ struct Sequence {
   double scheduled_at = 0;
   double first_token_at = 0;
   double last_token_at = 0;
+  std::int32_t num_matched = 0;       // blocks found on the device when last admitted
   std::int32_t num_cached = 0;        // prompt tokens found in any tier when first scheduled
   std::int32_t num_cached_below = 0;  // of these, restored from below the device tier
 
   std::int32_t size() const { return static_cast<std::int32_t>(tokens.size()); }
+  std::int32_t num_blocks() const { return num_home + static_cast<std::int32_t>(blocks.size()); }
   std::int32_t num_outputs() const { return size() - num_prompt; }
   std::int32_t num_uncomputed() const { return size() - num_computed; }
 };
-
-inline std::int32_t BlocksFor(std::int32_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
 
 struct FirstInRank {
   bool operator()(const Sequence* a, const Sequence* b) const {

@@ -3,6 +3,7 @@
 // StepPlan: what the next step computes. Plain data, made by Scheduler, executed by StepRunner.
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace spillway {
@@ -15,12 +16,16 @@ struct PlannedSequence {
 };
 
 struct StepPlan {
-  std::vector<PlannedSequence> sequences;
+  std::vector<PlannedSequence> sequences;  // the streamed ones, which have blocks at home only, behind the others
+  std::int32_t num_streamed = 0;
   std::int32_t num_tokens = 0;
   std::int32_t num_prefill_tokens = 0;  // of sequences with more than one token to compute
   std::int32_t num_preempted = 0;
 
   bool empty() const { return sequences.empty(); }
+  std::span<const PlannedSequence> streamed() const {
+    return std::span(sequences).last(static_cast<std::size_t>(num_streamed));
+  }
 };
 
 }  // namespace spillway

@@ -30,8 +30,9 @@ SampleRow SampleRowOf(const Sequence& sequence) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Model& model, const Limits& limits,
+                                                             std::unique_ptr<HomeReader> home_reader,
                                                              bool hash_logits) {
-  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, limits, hash_logits));
+  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, limits, std::move(home_reader), hash_logits));
   const std::int64_t max_sequences = device.PaddedRows(limits.max_sequences);
   const std::int64_t max_tokens = std::max<std::int64_t>(limits.max_tokens, max_sequences);
   const auto sequences = static_cast<std::size_t>(max_sequences);
@@ -40,7 +41,8 @@ absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Mod
                  .sequences = sequences,
                  .blocks = sequences * static_cast<std::size_t>(limits.max_blocks_per_sequence),
                  .sampled = sequences,
-                 .banned = sequences * static_cast<std::size_t>(limits.max_banned_per_sequence)});
+                 .banned = sequences * static_cast<std::size_t>(limits.max_banned_per_sequence),
+                 .home = runner->home_reader_ ? runner->home_reader_->MaxCounts(sequences) : HomeReader::Counts{}});
   RETURN_IF_ERROR(model.Reserve(max_tokens, max_sequences));
   ASSIGN_OR_RETURN(runner->host_metadata_, device.Allocate(MemoryKind::kPinnedHost, count.used()));
   ASSIGN_OR_RETURN(runner->device_metadata_, device.Allocate(MemoryKind::kDevice, count.used()));
@@ -64,18 +66,22 @@ StepRunner::Layout StepRunner::LayOut(Arena& arena, const Counts& counts) {
   layout.banned_begin = arena.Take<std::int32_t>(counts.sampled + 1);
   layout.banned = arena.Take<std::int32_t>(counts.banned);
   layout.sample_rows = arena.Take<SampleRow>(counts.sampled);
+  layout.home = HomeReader::LayOut(arena, counts.home);
   layout.block_table = arena.Take<std::int32_t>(counts.blocks);
   return layout;
 }
 
-StepRunner::Counts StepRunner::CountsOf(const StepPlan& plan) {
-  Counts counts{.tokens = static_cast<std::size_t>(plan.num_tokens), .sequences = plan.sequences.size()};
+StepRunner::Counts StepRunner::CountsOf(const StepPlan& plan) const {
+  Counts counts;
+  counts.tokens = static_cast<std::size_t>(plan.num_tokens);
+  counts.sequences = plan.sequences.size();
   for (const PlannedSequence& planned : plan.sequences) {
     counts.blocks += planned.sequence->blocks.size();
     if (!planned.samples) continue;
     ++counts.sampled;
     counts.banned += BannedFor(*planned.sequence).size();
   }
+  if (plan.num_streamed > 0) counts.home = home_reader_->CountsOf(plan.streamed());
   return counts;
 }
 
@@ -86,7 +92,8 @@ StepRunner::Counts StepRunner::PaddedDecode(std::size_t num_sequences, std::size
           .sequences = rows,
           .blocks = num_blocks,
           .sampled = rows,
-          .banned = rows * max_banned_per_sequence_};
+          .banned = rows * max_banned_per_sequence_,
+          .home = {}};
 }
 
 void StepRunner::Fill(const StepPlan& plan, const Counts& counts, const Layout& host) {
@@ -105,7 +112,7 @@ void StepRunner::Fill(const StepPlan& plan, const Counts& counts, const Layout& 
       const std::int32_t position = sequence.num_computed + i;
       host.tokens[row] = sequence.tokens[static_cast<std::size_t>(position)];
       host.positions[row] = position;
-      host.blocks[row] = table[position / kBlockTokens];
+      host.blocks[row] = table[position / kBlockTokens - sequence.num_home];
     }
     if (planned.samples) {
       host.sampled_rows[sampled] = row - 1;
@@ -136,13 +143,16 @@ void StepRunner::FillPadding(const StepPlan& plan, const Counts& counts, const L
 void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
   Counts counts = CountsOf(plan);
   num_results_ = static_cast<std::int64_t>(counts.sampled);
-  const bool is_decode = counts.tokens == counts.sequences && counts.sampled == counts.sequences;
+  // With blocks at home it also queues passes over these.
+  const bool is_decode =
+      plan.num_streamed == 0 && counts.tokens == counts.sequences && counts.sampled == counts.sequences;
   if (is_decode) counts = PaddedDecode(counts.sequences, counts.blocks);
   Arena host_arena(host_metadata_.get(), host_metadata_.size_bytes);
   Arena device_arena(device_metadata_.get(), device_metadata_.size_bytes);
   const Layout host = LayOut(host_arena, counts);
   const Layout device = LayOut(device_arena, counts);
   Fill(plan, counts, host);
+  if (plan.num_streamed > 0) home_reader_->Fill(plan.streamed(), host.home);
   stream_->Copy(device_metadata_.get(), host_metadata_.get(), host_arena.used());
   // What a decoding step queues, and where its arrays are, depends on its number of rows alone.
   const auto queue = [&] { QueueStep(counts, device, kv); };
@@ -169,7 +179,10 @@ void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvV
                           .first_position = device.first_position,
                           .block_begin = device.block_begin,
                           .block_table = device.block_table,
-                          .sampled_rows = device.sampled_rows};
+                          .sampled_rows = device.sampled_rows,
+                          .num_streamed = static_cast<std::int64_t>(counts.home.sequences),
+                          .home_reader = home_reader_.get(),
+                          .home = device.home};
   const float* const logits = model_.Forward(*stream_, arrays, kv);
   if (counts.sampled == 0) return;
   device_.kernels().Sample(*stream_, {.logits = logits,

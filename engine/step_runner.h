@@ -8,9 +8,11 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/home_reader.h"
 #include "engine/model.h"
 #include "engine/step_plan.h"
 #include "kernels/arena.h"
@@ -27,9 +29,10 @@ class StepRunner {
     std::int32_t max_banned_per_sequence = 0;
   };
 
-  // Reserves the model's workspace. `device` and `model` outlive the runner.
+  // Reserves the model's workspace. `device` and `model` outlive the runner. `home_reader`: null where no sequence has
+  // blocks at home.
   static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits,
-                                                          bool hash_logits);
+                                                          std::unique_ptr<HomeReader> home_reader, bool hash_logits);
 
   // Queues the step. The plan's sequences stay unchanged until done; `kv` is the same in every call. `done` may only
   // post to a mailbox.
@@ -37,6 +40,10 @@ class StepRunner {
 
   // After done: whether the step succeeded, and one result per sampling sequence, in the plan's order.
   absl::Status status() const { return stream_->status(); }
+  std::int64_t home_buffer_bytes() const {
+    return home_reader_ ? static_cast<std::int64_t>(home_reader_->buffer_bytes()) : 0;
+  }
+  std::int64_t streamed_bytes() const { return home_reader_ ? home_reader_->read_bytes() : 0; }
   std::span<const SampleResult> results() const { return {host_results_, static_cast<std::size_t>(num_results_)}; }
 
  private:
@@ -52,6 +59,7 @@ class StepRunner {
     std::int32_t* banned_begin;
     std::int32_t* banned;
     SampleRow* sample_rows;
+    HomeReader::Layout home;
     std::int32_t* block_table;  // last: its size is no part of what a repeated step is
   };
   struct Counts {
@@ -60,15 +68,18 @@ class StepRunner {
     std::size_t blocks = 0;
     std::size_t sampled = 0;
     std::size_t banned = 0;
+    HomeReader::Counts home;
   };
 
-  StepRunner(Device& device, Model& model, const Limits& limits, bool hash_logits)
+  StepRunner(Device& device, Model& model, const Limits& limits, std::unique_ptr<HomeReader> home_reader,
+             bool hash_logits)
       : device_(device),
         model_(model),
         max_banned_per_sequence_(static_cast<std::size_t>(limits.max_banned_per_sequence)),
-        hash_logits_(hash_logits) {}
+        hash_logits_(hash_logits),
+        home_reader_(std::move(home_reader)) {}
   static Layout LayOut(Arena& arena, const Counts& counts);
-  static Counts CountsOf(const StepPlan& plan);
+  Counts CountsOf(const StepPlan& plan) const;
   Counts PaddedDecode(std::size_t num_sequences, std::size_t num_blocks) const;
   static void Fill(const StepPlan& plan, const Counts& counts, const Layout& host);
   static void FillPadding(const StepPlan& plan, const Counts& counts, const Layout& host);
@@ -78,6 +89,7 @@ class StepRunner {
   Model& model_;
   const std::size_t max_banned_per_sequence_;
   const bool hash_logits_;
+  const std::unique_ptr<HomeReader> home_reader_;
   Buffer host_metadata_;
   Buffer device_metadata_;
   Buffer host_result_memory_;

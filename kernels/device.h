@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "absl/status/status.h"
@@ -44,17 +45,27 @@ class Stream {
   virtual ~Stream() = default;  // waits for what is queued
   // The caller keeps both spans alive until an event recorded later is ready.
   virtual void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) = 0;
+  // from[i][offset, offset + size_bytes) goes to `to` + i * size_bytes, for every i. `from` itself stays alive as well.
+  virtual void Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
+                      std::size_t size_bytes) = 0;
   virtual std::shared_ptr<Event> Record() = 0;
   // Later work on this stream starts after `event`; the calling thread does not block.
   virtual void Wait(const std::shared_ptr<Event>& event) = 0;
   // Runs `reached` on a device thread once all work queued before is done (or was skipped after an error).
-  // It may only post to a mailbox.
+  // It may only post to a mailbox, or pace the stream's copies.
   virtual void Notify(std::function<void()> reached) = 0;
   // Calls `queue`, which queues work on this stream: kernels, copies, and Wait and Record to fork to other streams and
   // join them again. All calls with one key queue the same work with the same arguments, only what the arguments point
   // to differs; so a device may repeat what it recorded, without calling `queue`.
   virtual void Repeat(std::uint64_t /*key*/, const std::function<void()>& queue) { queue(); }
   virtual absl::Status status() const = 0;
+};
+
+// Whether attention can be made over KV in host memory, pass by pass.
+enum class HostKv : std::uint8_t {
+  kNone,     // it is not done on this device
+  kStaged,   // after a copy into device memory
+  kInPlace,  // kernels read it where it is, as fast as device memory
 };
 
 // Owned by main, outlives everything made from it. Any thread.
@@ -66,11 +77,14 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Stream>> NewStream() = 0;
   virtual const Kernels& kernels() const = 0;
   virtual std::size_t free_bytes() const = 0;  // what is left of the device's memory
+  virtual HostKv host_kv() const = 0;
   // How many rows a step of num_rows decoding sequences is best padded to, so that Stream::Repeat meets few keys.
   virtual std::int64_t PaddedRows(std::int64_t num_rows) const { return num_rows; }
   // Device, SIMD target and GEMM path, for logs and for the compute id of cache keys: "cpu avx512 amx-gemm".
   virtual std::string description() const = 0;
 };
+
+enum class IgnoredOrder : std::uint8_t { kNone, kWait, kWaitAndNotify };
 
 struct CpuDeviceOptions {
   // Threads that compute, the stream's own included. 0: the cores this process may run on.
@@ -86,8 +100,8 @@ struct CpuDeviceOptions {
   std::string gemm = "auto";
   // Fault injection for tests: runs on the stream's thread before every queued item; may block.
   std::function<void()> before_item;
-  // Fault injection for tests: Notify and Wait do not wait. What a removed event wait looks like.
-  bool ignore_order = false;
+  // Fault injection for tests: what does not wait. What a removed event wait looks like.
+  IgnoredOrder ignored_order = IgnoredOrder::kNone;
 };
 
 absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(const CpuDeviceOptions& options);

@@ -51,19 +51,20 @@ class DramTier : public HostTier {
         return std::nullopt;
       }
     }
-    std::optional<BlockRef> taken = pool_.Take();
+    std::optional<BlockRef> taken = TakeSlot();
     if (!taken) {
-      const std::optional<BlockId> coldest = pool_.OldestCold();
-      if (!coldest) {
-        ++stats_.declined;
-        return std::nullopt;
-      }
-      index_.Erase(*coldest);
-      pool_.Forget(*coldest);
-      ++stats_.evictions;
-      taken = pool_.Take();
+      ++stats_.declined;
+      return std::nullopt;
     }
     sightings_.erase(key);
+    std::byte* const bytes = BytesOf(taken->id());
+    return HostSlot(this, *std::move(taken), bytes);
+  }
+
+  std::optional<HostSlot> TakeHome() override {
+    const std::lock_guard lock(mutex_);
+    std::optional<BlockRef> taken = TakeSlot();
+    if (!taken) return std::nullopt;
     std::byte* const bytes = BytesOf(taken->id());
     return HostSlot(this, *std::move(taken), bytes);
   }
@@ -134,6 +135,8 @@ class DramTier : public HostTier {
     sightings_.clear();
   }
 
+  std::byte* slab() const override { return slab_.get(); }
+  std::uint32_t num_blocks() const override { return options_.num_blocks; }
   Tier* lower() const override { return options_.lower; }
 
   TierStats stats() const override {
@@ -164,6 +167,18 @@ class DramTier : public HostTier {
   }
 
  private:
+  // A free slot, else that of the coldest cached block; under the lock.
+  std::optional<BlockRef> TakeSlot() {
+    std::optional<BlockRef> taken = pool_.Take();
+    if (taken) return taken;
+    const std::optional<BlockId> coldest = pool_.OldestCold();
+    if (!coldest) return std::nullopt;
+    index_.Erase(*coldest);
+    pool_.Forget(*coldest);
+    ++stats_.evictions;
+    return pool_.Take();
+  }
+
   static std::size_t Index(BlockId id) { return static_cast<std::size_t>(id); }
   std::byte* BytesOf(BlockId id) const { return slab_.get() + Index(id) * options_.block_bytes; }
   std::uint64_t Checksum(const std::byte* bytes) const { return XXH3_64bits(bytes, options_.block_bytes); }
@@ -184,11 +199,14 @@ class NullHostTier : public HostTier {
     return std::nullopt;
   }
   HostSlot Commit(HostSlot slot, const BlockKey&, std::span<const std::int32_t>) override { return slot; }
+  std::optional<HostSlot> TakeHome() override { return std::nullopt; }
   std::optional<HostSlot> Find(const BlockKey&, std::span<const std::int32_t>) override { return std::nullopt; }
   bool Touch(const BlockKey&, std::span<const std::int32_t>) override { return false; }
   bool Contains(const BlockKey&, std::span<const std::int32_t>) const override { return false; }
   absl::Status Verify(const HostSlot&) override { return absl::OkStatus(); }
   void Clear() override {}
+  std::byte* slab() const override { return nullptr; }
+  std::uint32_t num_blocks() const override { return 0; }
   Tier* lower() const override { return nullptr; }
   TierStats stats() const override { return {}; }
   void CheckInvariants() const override {}

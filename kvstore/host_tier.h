@@ -2,10 +2,12 @@
 
 // HostTier: blocks in host DRAM, process-wide, shared by all engines, internally locked.
 //
-// A slot is free, being written, or cached. Cached slots are findable, kept in least-recently-used order while nobody
-// reads them, and evicted for a write. A slot that is being read or written is pinned: its bytes cannot be reused,
-// because its owner still exists. An entry becomes findable only by Commit, after the copy that filled it is done. What
-// is cached here is advisory: a write may be declined, an entry may be gone; a lost one is computed again.
+// A slot is free, being written, cached or home. Cached slots are findable, kept in least-recently-used order while
+// nobody reads them, and evicted for a write. A slot that is being read or written is pinned: its bytes cannot be
+// reused, because its owner still exists. An entry becomes findable only by Commit, after the copy that filled it is
+// done. What is cached here is advisory: a write may be declined, an entry may be gone; a lost one is computed again.
+// A home slot is the only copy of a live sequence's block: pinned while the sequence runs, and trusted as the weights
+// are. It may be findable as well; when its sequence drops it, it is cached or free.
 //
 // Where a lower tier is attached, committed blocks are written through to it.
 
@@ -70,6 +72,9 @@ class HostTier {
   // The slot's bytes are complete. Findable from now on; the returned slot stays pinned for the caller.
   virtual HostSlot Commit(HostSlot slot, const BlockKey& key, std::span<const std::int32_t> tokens) = 0;
 
+  // A home slot to fill; cached slots that nobody reads give way. nullopt: every slot is pinned now.
+  virtual std::optional<HostSlot> TakeHome() = 0;
+
   // A cached block with these tokens, pinned.
   virtual std::optional<HostSlot> Find(const BlockKey& key, std::span<const std::int32_t> tokens) = 0;
   // A block of the device tier was used: its copy here is as recent. False: there is no copy.
@@ -79,7 +84,10 @@ class HostTier {
   // DATA_LOSS: the bytes are not those that were committed; the entry is forgotten. OK where checksums are off.
   virtual absl::Status Verify(const HostSlot& slot) = 0;
 
-  virtual void Clear() = 0;         // forgets every cached block that nobody reads
+  virtual void Clear() = 0;  // forgets every cached block that nobody reads
+  // Where slots lie: slot i's bytes begin at slab() + i * block_bytes. Null where there are none.
+  virtual std::byte* slab() const = 0;
+  virtual std::uint32_t num_blocks() const = 0;
   virtual Tier* lower() const = 0;  // null: none
   virtual TierStats stats() const = 0;
   virtual void CheckInvariants() const = 0;

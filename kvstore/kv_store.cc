@@ -20,14 +20,17 @@ absl::StatusOr<std::unique_ptr<KvStore>> KvStore::Make(Device& device, HostTier&
                                                        std::function<void()> wake) {
   const std::size_t block_bytes = options.layout.block_bytes();
   ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kDevice, options.num_blocks * block_bytes));
-  ASSIGN_OR_RETURN(std::unique_ptr<BlockTransfers> transfers,
+  ASSIGN_OR_RETURN(std::unique_ptr<TransferEngine> transfers,
                    TransferEngine::Make(device, host,
                                         {.block_bytes = block_bytes,
                                          .max_bytes_per_second = options.max_transfer_bytes_per_second,
                                          .pacing = options.pacing,
                                          .before_copy = options.before_copy},
                                         std::move(wake)));
-  return Make(std::move(slab), std::move(transfers), host, options);
+  PacedLink* const link = &transfers->link();
+  std::unique_ptr<KvStore> store = Make(std::move(slab), std::move(transfers), host, options);
+  store->link_ = link;
+  return store;
 }
 
 std::unique_ptr<KvStore> KvStore::Make(Buffer slab, std::unique_ptr<BlockTransfers> transfers, HostTier& host,
@@ -55,7 +58,7 @@ std::vector<BlockRef> KvStore::Match(std::span<const BlockKey> keys, std::span<c
   std::vector<std::size_t> not_below;
   MarkUsed(keys.first(matched.size()), tokens, &not_below);
   for (const std::size_t i : not_below | std::views::reverse) {
-    WriteThrough(matched[i].id(), keys[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
+    QueueWriteThrough(matched[i].id(), keys[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
   }
   return matched;
 }
@@ -100,14 +103,15 @@ void KvStore::Evict(BlockId block) {
   pool_.Forget(block);
 }
 
-void KvStore::Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens) {
+void KvStore::Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens,
+                      WriteThrough write_through) {
   if (options_.caching == PrefixCaching::kOff || index_.Contains(block.id())) return;
   if (!index_.Insert(key, tokens, block.id())) return;
   pool_.Retain(block.id());
-  WriteThrough(block.id(), key, tokens);
+  if (write_through == WriteThrough::kYes) QueueWriteThrough(block.id(), key, tokens);
 }
 
-void KvStore::WriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens) {
+void KvStore::QueueWriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens) {
   if (!storing_keys_.insert(key).second) return;
   Unstored unstored{.block = block, .key = key};
   std::ranges::copy(tokens, unstored.tokens.begin());
@@ -135,8 +139,43 @@ void KvStore::FeedWriteThrough() {
                                                 .device_bytes = BytesOf(next.block),
                                                 .slot = *std::move(slot),
                                                 .status = absl::OkStatus()});
-    outstanding_.emplace(id, Outstanding{.block = next.block, .restoring = nullptr});
+    outstanding_.emplace(id, Outstanding{.block = next.block, .restoring = nullptr, .home = nullptr});
   }
+}
+
+std::shared_ptr<HomeBlock> KvStore::KeepHome(const BlockRef& block, const BlockKey& key,
+                                             std::span<const std::int32_t> tokens) {
+  if (std::shared_ptr<HomeBlock> pinned = PinHome(key, tokens)) return pinned;
+  if (num_home_ >= options_.max_home_blocks) return nullptr;
+  std::optional<HostSlot> slot = host_.TakeHome();
+  if (!slot) return nullptr;
+  auto home = std::make_shared<HomeBlock>(num_home_);
+  Transfer transfer{.kind = Transfer::Kind::kMoveHome,
+                    .key = key,
+                    .block = block.Share(),
+                    .device_bytes = BytesOf(block.id()),
+                    .slot = *std::move(slot),
+                    .commits = options_.caching == PrefixCaching::kOn,
+                    .status = absl::OkStatus()};
+  std::ranges::copy(tokens, transfer.tokens.begin());
+  const std::uint64_t id = transfers_->Queue(std::move(transfer));
+  outstanding_.emplace(id, Outstanding{.block = block.id(), .restoring = nullptr, .home = home});
+  ++num_moving_home_;
+  return home;
+}
+
+std::shared_ptr<HomeBlock> KvStore::PinHome(const BlockKey& key, std::span<const std::int32_t> tokens) {
+  if (options_.caching == PrefixCaching::kOff || num_home_ >= options_.max_home_blocks) return nullptr;
+  if (!host_.Contains(key, tokens)) return nullptr;
+  std::optional<HostSlot> slot = host_.Find(key, tokens);
+  if (!slot || !host_.Verify(*slot).ok()) return nullptr;
+  auto home = std::make_shared<HomeBlock>(num_home_);
+  home->Fill(*std::move(slot));
+  return home;
+}
+
+void KvStore::Release(std::vector<std::shared_ptr<HomeBlock>>& home) {
+  while (!home.empty()) home.pop_back();
 }
 
 std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span<const std::int32_t> tokens) {
@@ -158,7 +197,7 @@ std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span
   std::ranges::copy(tokens, transfer.tokens.begin());
   restoring->transfer = transfers_->Queue(std::move(transfer));
   restoring_.emplace(key, restoring);
-  outstanding_.emplace(restoring->transfer, Outstanding{.block = block->id(), .restoring = restoring});
+  outstanding_.emplace(restoring->transfer, Outstanding{.block = block->id(), .restoring = restoring, .home = nullptr});
   return Restored{.block = *std::move(block), .restoring = std::move(restoring)};
 }
 
@@ -172,12 +211,19 @@ void KvStore::Detach(const std::shared_ptr<Restoring>& restoring) {
 
 bool KvStore::Collect() {
   bool has_restored = false;
-  for (const Transfer& transfer : transfers_->Collect()) {
+  for (Transfer& transfer : transfers_->Collect()) {
     const auto found = outstanding_.find(transfer.id);
     SPILLWAY_CHECK(found != outstanding_.end());
     if (transfer.kind == Transfer::Kind::kStore) {
       --num_storing_;
       storing_keys_.erase(transfer.key);
+    } else if (transfer.kind == Transfer::Kind::kMoveHome) {
+      --num_moving_home_;
+      if (transfer.status.ok()) {
+        found->second.home->Fill(std::move(transfer.slot));
+      } else {
+        status_.Update(transfer.status);
+      }
     } else {
       has_restored = true;
       Restoring& restoring = *found->second.restoring;
@@ -210,7 +256,8 @@ void KvStore::EvictCold() {
 void KvStore::CheckInvariants() const {
   pool_.CheckInvariants();
   index_.CheckInvariants(pool_);
-  SPILLWAY_CHECK(restoring_.size() + num_storing_ == outstanding_.size());
+  SPILLWAY_CHECK(restoring_.size() + num_storing_ + num_moving_home_ == outstanding_.size());
+  SPILLWAY_CHECK(num_home_ <= options_.max_home_blocks && num_moving_home_ <= num_home_);
   SPILLWAY_CHECK(storing_keys_.size() == unstored_.size() + num_storing_);
 }
 

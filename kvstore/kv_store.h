@@ -7,6 +7,8 @@
 //   Take        a block to write: a free one, else the coldest known one, which is forgotten (evicted)
 //   Publish     a full block becomes findable, until evicted; it is written through to the host tier
 //   Restore     a block that a lower tier has comes up; all who want it share one transfer
+//   KeepHome    a running sequence's block gets a home slot in the host tier, so that it can leave the device and still
+//               be read; PinHome: a copy that is there already becomes one
 //   Collect     takes in what the transfers have finished
 //
 // A hit compares tokens. Engine thread only; transfers run on threads of their own and touch no bookkeeping.
@@ -44,9 +46,32 @@ struct Restoring {
   int num_waiters = 0;
 };
 
+// The copy of a block in a home slot, held by the sequence whose block it is. Engine thread only; outlived by the
+// store.
+class HomeBlock {
+ public:
+  explicit HomeBlock(std::uint32_t& count) : count_(count) { ++count_; }
+  ~HomeBlock() { --count_; }
+  HomeBlock(const HomeBlock&) = delete;
+  HomeBlock& operator=(const HomeBlock&) = delete;
+
+  // The copy is complete: the device's block may go.
+  bool is_ready() const { return static_cast<bool>(slot_); }
+  const HostSlot& slot() const { return slot_; }
+  void Fill(HostSlot slot) { slot_ = std::move(slot); }
+
+ private:
+  std::uint32_t& count_;
+  HostSlot slot_;  // empty while the transfer has it
+};
+
+enum class WriteThrough : std::uint8_t { kYes, kNo };
+
 struct KvStoreOptions {
   KvLayout layout;
   std::uint32_t num_blocks = 0;
+  // Home blocks at most; those of all engines over one host tier must fit it together. 0: none.
+  std::uint32_t max_home_blocks = 0;
   PrefixCaching caching = PrefixCaching::kOn;
   LinkPacing pacing;
   double max_transfer_bytes_per_second = 0;                  // 0: no cap
@@ -69,7 +94,16 @@ class KvStore {
   std::optional<BlockRef> Take();  // nullopt: every block is held
   // All 16 rows of every layer are written by work that is done. A key that is known already keeps its first block;
   // this one then stays private to its holders.
-  void Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens);
+  void Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens,
+               WriteThrough write_through = WriteThrough::kYes);
+
+  // A home copy of a block whose rows are complete: ready at once where the host tier has it, else once its transfer is
+  // collected. Null: no home slot is to be had; where num_home() is below max_home() that passes by itself.
+  std::shared_ptr<HomeBlock> KeepHome(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens);
+  // The host tier's copy of `key`, sound and ready; null: there is none, or no more home blocks are allowed.
+  std::shared_ptr<HomeBlock> PinHome(const BlockKey& key, std::span<const std::int32_t> tokens);
+  // Releases back to front, so that a prefix's tail is evicted before its head.
+  static void Release(std::vector<std::shared_ptr<HomeBlock>>& home);
 
   // Whoever used these blocks lets them go: the copies below are as recent as the device's, and a prefix's tail is
   // evicted before its head there too.
@@ -97,6 +131,13 @@ class KvStore {
   // Forgets every block that nobody holds; held ones stay.
   void EvictCold();
 
+  KvView home_view() const { return {.pool = host_.slab(), .layout = options_.layout}; }  // by HostSlot::id
+  std::uint32_t num_home() const { return num_home_; }
+  std::uint32_t max_home() const { return options_.max_home_blocks; }
+  std::uint32_t num_moving_home() const { return num_moving_home_; }
+  // Not OK once a move home has failed, as it does only where the device has.
+  const absl::Status& status() const { return status_; }
+
   KvView view() const { return {.pool = slab_.get(), .layout = options_.layout}; }
   const KvLayout& layout() const { return options_.layout; }
   std::uint32_t num_blocks() const { return pool_.num_blocks(); }
@@ -105,13 +146,14 @@ class KvStore {
   std::uint32_t num_cold() const { return pool_.num_cold(); }
   std::int64_t num_evicted() const { return num_evicted_; }  // blocks that Take has forgotten, since start
   HostTier& host() const { return host_; }
+  PacedLink* link() const { return link_; }  // to the host tier; null over someone else's transfers
   TransferStats transfer_stats(Transfer::Kind kind) const { return transfers_->stats(kind); }  // any thread
 
   void CheckInvariants() const;
 
  private:
   KvStore(Buffer slab, HostTier& host, const KvStoreOptions& options);
-  void WriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens);
+  void QueueWriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens);
   void FeedWriteThrough();
   void MarkUsed(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens,
                 std::vector<std::size_t>* not_below);
@@ -120,7 +162,8 @@ class KvStore {
 
   struct Outstanding {  // a transfer that is queued or under way
     BlockId block{};
-    std::shared_ptr<Restoring> restoring;  // null: a store
+    std::shared_ptr<Restoring> restoring;  // of a restore
+    std::shared_ptr<HomeBlock> home;       // of a move home
   };
   struct Unstored {  // a published block that waits for its write-through; it may be evicted meanwhile
     BlockId block{};
@@ -131,6 +174,9 @@ class KvStore {
   const Buffer slab_;
   const KvStoreOptions options_;
   HostTier& host_;
+  std::uint32_t num_home_ = 0;  // HomeBlocks alive
+  std::uint32_t num_moving_home_ = 0;
+  absl::Status status_;
   BlockPool pool_;
   PrefixIndex index_;
   std::deque<Unstored> unstored_;
@@ -139,6 +185,7 @@ class KvStore {
   std::int64_t num_evicted_ = 0;
   absl::flat_hash_map<BlockKey, std::shared_ptr<Restoring>> restoring_;
   absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
+  PacedLink* link_ = nullptr;                  // of transfers_
   std::unique_ptr<BlockTransfers> transfers_;  // last: its records release into the pool
 };
 

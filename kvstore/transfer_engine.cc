@@ -26,7 +26,7 @@ absl::StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Make(Device& dev
 }
 
 TransferEngine::TransferEngine(HostTier& host, const TransferOptions& options, std::function<void()> wake)
-    : host_(host), options_(options), wake_(std::move(wake)) {}
+    : host_(host), options_(options), wake_(std::move(wake)), link_(options.pacing) {}
 
 TransferEngine::~TransferEngine() {
   {
@@ -40,7 +40,7 @@ TransferEngine::~TransferEngine() {
 std::uint64_t TransferEngine::Queue(Transfer transfer) {
   const std::uint64_t id = transfer.id = next_id_++;
   const std::lock_guard lock(mutex_);
-  (transfer.kind == Transfer::Kind::kRestore ? restores_ : stores_).push_back(std::move(transfer));
+  queues_[static_cast<std::size_t>(transfer.kind)].push_back(std::move(transfer));
   changed_.notify_one();
   return id;
 }
@@ -48,11 +48,11 @@ std::uint64_t TransferEngine::Queue(Transfer transfer) {
 bool TransferEngine::Cancel(std::uint64_t id) {
   Transfer cancelled;  // its ends are released outside the lock
   const std::lock_guard lock(mutex_);
-  for (std::deque<Transfer>* queue : {&restores_, &stores_}) {
-    const auto found = std::ranges::find(*queue, id, &Transfer::id);
-    if (found == queue->end()) continue;
+  for (std::deque<Transfer>& queue : queues_) {
+    const auto found = std::ranges::find(queue, id, &Transfer::id);
+    if (found == queue.end()) continue;
     cancelled = std::move(*found);
-    queue->erase(found);
+    queue.erase(found);
     return true;
   }
   return false;
@@ -66,7 +66,7 @@ std::vector<Transfer> TransferEngine::Collect() {
 TransferStats TransferEngine::stats(Transfer::Kind kind) const {
   const std::lock_guard lock(mutex_);
   TransferStats stats = stats_[static_cast<std::size_t>(kind)];
-  stats.queued = static_cast<std::int64_t>((kind == Transfer::Kind::kRestore ? restores_ : stores_).size());
+  stats.queued = static_cast<std::int64_t>(queues_[static_cast<std::size_t>(kind)].size());
   return stats;
 }
 
@@ -85,11 +85,12 @@ void TransferEngine::Loop() {
 bool TransferEngine::AwaitWork() {
   if (!in_flight_.empty()) return true;
   std::unique_lock lock(mutex_);
-  changed_.wait(lock,
-                [this] { return !restores_.empty() || !stores_.empty() || (is_stopping_ && num_fetching_ == 0); });
+  changed_.wait(lock, [this] {
+    const bool has_queued = FirstQueued() != queues_.end();
+    return has_queued || (is_stopping_ && num_fetching_ == 0);
+  });
   if (is_stopping_) {
-    restores_.clear();
-    stores_.clear();
+    for (std::deque<Transfer>& queue : queues_) queue.clear();
     return num_fetching_ > 0;
   }
   // What is capped waits here, so that a restore that comes meanwhile goes first.
@@ -108,13 +109,22 @@ void TransferEngine::Fill() {
   }
 }
 
-// The next batch's worth: of restores, else of stores.
+// The queue whose turn it is; under the lock.
+TransferEngine::Queues::iterator TransferEngine::FirstQueued() {
+  const auto moves_home = queues_.begin() + static_cast<std::ptrdiff_t>(Transfer::Kind::kMoveHome);
+  if (!moves_home->empty()) return moves_home;
+  return std::ranges::find_if(queues_, [](const std::deque<Transfer>& queue) { return !queue.empty(); });
+}
+
+// The next batch's worth, all of one kind.
 std::vector<Transfer> TransferEngine::TakeQueued() {
   const std::lock_guard lock(mutex_);
   std::vector<Transfer> taken;
-  if (is_stopping_) return taken;
-  std::deque<Transfer>& queue = restores_.empty() ? stores_ : restores_;
-  const std::size_t most_bytes = restores_.empty() ? options_.store_batch_bytes : options_.restore_batch_bytes;
+  const auto first = FirstQueued();
+  if (is_stopping_ || first == queues_.end()) return taken;
+  std::deque<Transfer>& queue = *first;
+  const bool is_restore = queue.front().kind == Transfer::Kind::kRestore;
+  const std::size_t most_bytes = is_restore ? options_.restore_batch_bytes : options_.store_batch_bytes;
   const std::size_t count = std::min(queue.size(), std::max<std::size_t>(1, most_bytes / options_.block_bytes));
   taken.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
@@ -136,7 +146,10 @@ bool TransferEngine::Prepare(Transfer& transfer) {
     transfer.slot = *std::move(found);
   }
   if (is_restore) transfer.status = host_.Verify(transfer.slot);
-  if (transfer.status.ok() && options_.before_copy) transfer.status = options_.before_copy(transfer);
+  if (transfer.status.ok() && options_.before_copy) {
+    absl::Status injected = options_.before_copy(transfer);
+    if (transfer.kind != Transfer::Kind::kMoveHome) transfer.status = std::move(injected);
+  }
   if (transfer.status.ok()) return true;
   Complete(std::span(&transfer, 1));
   return false;
@@ -194,7 +207,9 @@ void TransferEngine::Fetch(Transfer transfer) {
                  Complete(std::span(fetched.get(), 1));
                }
                const std::lock_guard lock(mutex_);
-               if (fetched->slot) restores_.push_front(std::move(*fetched));
+               if (fetched->slot) {
+                 queues_[static_cast<std::size_t>(Transfer::Kind::kRestore)].push_front(std::move(*fetched));
+               }
                --num_fetching_;
                changed_.notify_one();
              });
@@ -203,9 +218,9 @@ void TransferEngine::Fetch(Transfer transfer) {
 void TransferEngine::Finish(Batch batch, const absl::Status& status) {
   for (Transfer& transfer : batch.transfers) transfer.status = status;
   std::span<Transfer> rest(batch.transfers);
-  if (options_.pacing.bytes_per_second > 0) {
+  if (link_.is_paced()) {
     for (std::size_t begin = 0; const std::size_t end : batch.copy_ends) {
-      AwaitPacedLink(batch.begun, (end - begin) * options_.block_bytes);
+      link_.Await(batch.begun, 1, (end - begin) * options_.block_bytes);
       if (end == batch.copy_ends.back()) break;
       Complete(rest.first(end - begin));
       rest = rest.subspan(end - begin);
@@ -214,13 +229,6 @@ void TransferEngine::Finish(Batch batch, const absl::Status& status) {
   }
   Account(batch, status);
   Complete(rest);
-}
-
-void TransferEngine::AwaitPacedLink(double begun, std::size_t copy_bytes) {
-  const LinkPacing& pacing = options_.pacing;
-  const double cost = pacing.latency_seconds + static_cast<double>(copy_bytes) / pacing.bytes_per_second;
-  link_free_at_ = std::max(link_free_at_, begun) + cost;
-  std::this_thread::sleep_for(std::chrono::duration<double>(link_free_at_ - Now()));
 }
 
 void TransferEngine::Account(const Batch& batch, const absl::Status& status) {
@@ -246,10 +254,12 @@ void TransferEngine::Account(const Batch& batch, const absl::Status& status) {
 
 void TransferEngine::Complete(std::span<Transfer> transfers) {
   for (Transfer& transfer : transfers) {
-    if (transfer.status.ok() && transfer.kind == Transfer::Kind::kStore) {
+    const bool is_move_home = transfer.kind == Transfer::Kind::kMoveHome;
+    const bool commits = is_move_home ? transfer.commits : transfer.kind == Transfer::Kind::kStore;
+    if (transfer.status.ok() && commits) {
       transfer.slot = host_.Commit(std::move(transfer.slot), transfer.key, transfer.tokens);
     }
-    transfer.slot = HostSlot();
+    if (!is_move_home) transfer.slot = HostSlot();
   }
   {
     const std::lock_guard lock(mutex_);

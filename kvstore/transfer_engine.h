@@ -1,7 +1,8 @@
 #pragma once
 
-// TransferEngine: moves blocks between the device tier and the host tier on its own stream and thread, restores before
-// write-through. A transfer owns a reference on both ends until it is over, so neither can be reused under it.
+// TransferEngine: moves blocks between the device tier and the host tier on its own stream and thread: the moves home
+// of running sequences first, then restores, then write-through. A transfer owns a reference on both ends until it is
+// over, so neither can be reused under it.
 //
 // What is queued is submitted in batches: one event each, blocks that are adjacent on both ends in one copy. While one
 // batch is copied the next is made ready, so that the stream does not wait. A batch is short (see TransferOptions), so
@@ -29,13 +30,16 @@
 #include "kvstore/block_pool.h"
 #include "kvstore/copy_stats.h"
 #include "kvstore/host_tier.h"
+#include "kvstore/paced_link.h"
 #include "kvstore/prefix_index.h"
 
 namespace spillway {
 
 // What is moved, and where from.
 struct Transfer {
-  enum class Kind : std::uint8_t { kRestore, kStore };
+  // kMoveHome: a store into a home slot of a running sequence; the slot stays with the completed record.
+  enum class Kind : std::uint8_t { kRestore, kStore, kMoveHome };
+  static constexpr std::size_t kNumKinds = 3;
 
   Kind kind = Kind::kRestore;
   std::uint64_t id = 0;
@@ -44,6 +48,7 @@ struct Transfer {
   BlockRef block;  // the device end, held
   std::byte* device_bytes = nullptr;
   HostSlot slot;        // the host end, pinned; empty for a restore that must be fetched from a lower tier first
+  bool commits = true;  // kMoveHome: the slot is findable once it is filled
   absl::Status status;  // once completed
 };
 
@@ -57,13 +62,6 @@ struct TransferStats {
   CopySizes by_copy_size{};
 };
 
-// Makes a copy cost latency + bytes / bandwidth, as on a bus, where the device's link is only a memcpy (the cpu
-// device).
-struct LinkPacing {
-  double bytes_per_second = 0;  // 0: not paced
-  double latency_seconds = 0;
-};
-
 struct TransferOptions {
   std::size_t block_bytes = 0;
   std::size_t depth = 2;  // batches on the stream at once
@@ -72,7 +70,8 @@ struct TransferOptions {
   std::size_t store_batch_bytes = std::size_t{1} << 20;
   double max_bytes_per_second = 0;  // a batch begins only when those before it have had this long; 0: no cap
   LinkPacing pacing;
-  // Fault injection for tests: on the transfer thread before a copy; a bad status fails the transfer. May block.
+  // Fault injection for tests: on the transfer thread before a copy; a bad status fails the transfer, unless it is a
+  // move home. May block.
   std::function<absl::Status(const Transfer&)> before_copy;
 };
 
@@ -104,8 +103,11 @@ class TransferEngine : public BlockTransfers {
   bool Cancel(std::uint64_t id) override;
   std::vector<Transfer> Collect() override;
   TransferStats stats(Transfer::Kind kind) const override;
+  PacedLink& link() { return link_; }  // for whoever else copies between host and device
 
  private:
+  using Queues = std::array<std::deque<Transfer>, Transfer::kNumKinds>;  // by kind, each in order of arrival
+
   TransferEngine(HostTier& host, const TransferOptions& options, std::function<void()> wake);
   // What one event covers. Transfers in the order of their copies; copy i takes those up to copy_ends[i].
   struct Batch {
@@ -119,12 +121,12 @@ class TransferEngine : public BlockTransfers {
   void Loop();
   bool AwaitWork();  // false: stop
   void Fill();
+  Queues::iterator FirstQueued();
   std::vector<Transfer> TakeQueued();
   bool Prepare(Transfer& transfer);
   void Launch(std::vector<Transfer> transfers);
   void Fetch(Transfer transfer);
   void Finish(Batch batch, const absl::Status& status);
-  void AwaitPacedLink(double begun, std::size_t copy_bytes);
   void Account(const Batch& batch, const absl::Status& status);
   // Ends transfers whose status is set.
   void Complete(std::span<Transfer> transfers);
@@ -132,24 +134,22 @@ class TransferEngine : public BlockTransfers {
   HostTier& host_;
   const TransferOptions options_;
   const std::function<void()> wake_;
+  PacedLink link_;
   std::unique_ptr<Stream> stream_;
   std::uint64_t next_id_ = 1;  // engine thread
 
   mutable std::mutex mutex_;  // guards all up to is_stopping_
   std::condition_variable changed_;
-  // Restores of prefixes in order of arrival; stores likewise, behind them.
-  std::deque<Transfer> restores_;
-  std::deque<Transfer> stores_;
+  Queues queues_;
   std::vector<Transfer> completed_;
-  std::array<TransferStats, 2> stats_;
+  std::array<TransferStats, Transfer::kNumKinds> stats_;
   int num_fetching_ = 0;
   bool is_stopping_ = false;
 
   // Transfer thread.
   std::deque<Batch> in_flight_;
   double last_completed_at_ = 0;
-  double link_free_at_ = 0;  // when the paced link has done what it was given
-  double cap_free_at_ = 0;   // when the cap lets the next batch begin
+  double cap_free_at_ = 0;  // when the cap lets the next batch begin
   std::thread thread_;
 };
 

@@ -100,6 +100,10 @@ void LogReady(const Options& options, const EngineHost& host, const Frontends& f
     fields.emplace_back("file_tier", ShowSize(bytes));
     fields.emplace_back("file_tier_tokens", fmt::format("{}", bytes / block_bytes * kBlockTokens));
   }
+  const EngineStatus status = engine.status();
+  fields.emplace_back("longest_sequence_tokens",
+                      fmt::format("{}", engine.capacity_tokens() + status.home_blocks_max * kBlockTokens));
+  fields.emplace_back("streaming_buffers", ShowSize(status.home_buffer_bytes));
   fields.emplace_back("seconds", fmt::format("{:.3f}", absl::ToDoubleSeconds(absl::Now() - begin)));
   Log(LogLevel::kInfo, "ready", fields);
 }

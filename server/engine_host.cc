@@ -8,6 +8,7 @@
 
 #include "absl/time/clock.h"
 #include "engine/engine_group.h"
+#include "engine/home_keeper.h"
 #include "engine/model.h"
 #include "engine/model_digest.h"
 #include "kernels/status_macros.h"
@@ -131,12 +132,15 @@ void LogCostModel(const CostModel& model) {
        {"link", fmt::format("{:.3g} B/s", model.link_bytes_per_second())}});
 }
 
+std::int64_t HostTierBytes(const CacheChoice& choice, const MachineMemory& memory, std::int64_t weight_bytes) {
+  return choice.kv_offloading_size < 0 ? DefaultHostTierBytes(memory, weight_bytes) : choice.kv_offloading_size;
+}
+
 // A tier of less than one block is none. `weight_bytes` and `device_bytes`: of all engines.
 absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
                                                    std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
                                                    const KvLayout& layout, Tier* lower) {
-  const bool is_default = choice.kv_offloading_size < 0;
-  const std::int64_t bytes = is_default ? DefaultHostTierBytes(memory, weight_bytes) : choice.kv_offloading_size;
+  const std::int64_t bytes = HostTierBytes(choice, memory, weight_bytes);
   const auto num_blocks = static_cast<std::uint64_t>(bytes) / layout.block_bytes();
   if (num_blocks == 0) return MakeNullHostTier();
   RETURN_IF_ERROR(CheckRoom(bytes, memory, weight_bytes, device_bytes));
@@ -190,14 +194,17 @@ absl::StatusOr<Capacity> PlanCapacity(const CapacityRequest& request) {
     return absl::InvalidArgumentError(fmt::format("--max-model-len: {} is more than the model's {} positions",
                                                   request.max_model_len, request.max_positions));
   }
-  if (request.max_model_len > tokens) {
+  const bool exceeds = tokens >= std::int64_t{HomeKeeper::kMinDeviceBlocks} * kBlockTokens;
+  const std::int64_t home_tokens = exceeds ? request.home_tokens : 0;
+  const std::int64_t limit = tokens + home_tokens;
+  if (request.max_model_len > limit) {
     return absl::InvalidArgumentError(
-        fmt::format("--max-model-len: {} tokens do not fit a KV cache of {}, which holds {} tokens; give "
-                    "--kv-cache-memory-bytes {} or more",
-                    request.max_model_len, ShowSize(capacity.kv_cache_bytes), tokens,
-                    (request.max_model_len + kBlockTokens - 1) / kBlockTokens * request.block_bytes));
+        fmt::format("--max-model-len: {} tokens do not fit a KV cache of {}, which holds {} tokens, and the host tier, "
+                    "which holds {} beyond them; give --kv-cache-memory-bytes {} or more",
+                    request.max_model_len, ShowSize(capacity.kv_cache_bytes), tokens, home_tokens,
+                    (request.max_model_len - home_tokens + kBlockTokens - 1) / kBlockTokens * request.block_bytes));
   }
-  capacity.max_model_len = request.max_model_len > 0 ? request.max_model_len : std::min(request.max_positions, tokens);
+  capacity.max_model_len = request.max_model_len > 0 ? request.max_model_len : std::min(request.max_positions, limit);
   return capacity;
 }
 
@@ -268,14 +275,19 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   const std::int64_t default_bytes = options.device.device == "cuda"
                                          ? static_cast<std::int64_t>(host.device().free_bytes() / 4 * 3)
                                          : DefaultKvCacheBytes(memory, weight_bytes) / num_engines;
+  const auto block_bytes = static_cast<std::int64_t>(layout.block_bytes());
+  const bool exceeds = host.device().host_kv() != HostKv::kNone;
+  const std::int64_t host_bytes = HostTierBytes(options.cache, memory, weight_bytes);
+  const std::int64_t home_blocks = exceeds ? host_bytes / block_bytes / num_engines : 0;
   ASSIGN_OR_RETURN(const Capacity capacity,
                    PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
                                  .max_model_len = options.model.max_model_len,
                                  .default_kv_cache_bytes = default_bytes,
-                                 .block_bytes = static_cast<std::int64_t>(layout.block_bytes()),
-                                 .max_positions = model->config().max_positions}));
+                                 .block_bytes = block_bytes,
+                                 .max_positions = model->config().max_positions,
+                                 .home_tokens = home_blocks / kSegmentBlocks * kSegmentTokens}));
   if (options.model.max_model_len == 0 && capacity.max_model_len < model->config().max_positions) {
-    Log(LogLevel::kWarning, "the KV cache is smaller than the model's context; sequences are limited to it",
+    Log(LogLevel::kWarning, "the KV cache and the host tier hold less than the model's context; sequences are limited",
         {{"max_model_len", fmt::format("{}", capacity.max_model_len)},
          {"positions", fmt::format("{}", model->config().max_positions)}});
   }
@@ -293,6 +305,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
                                             *host.devices.front(), layout, host.file_tier.get()));
   RETURN_IF_ERROR(CheckTiersAtStart(*host.devices.front(), *host.host_tier, layout));
   engine.host_tier = host.host_tier.get();
+  engine.num_engines = num_engines;
   std::vector<std::unique_ptr<Engine>> engines;
   for (int i = 0; i < num_engines; ++i) {
     const auto index = static_cast<std::size_t>(i);

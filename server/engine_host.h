@@ -54,6 +54,7 @@ struct CapacityRequest {
   std::int64_t default_kv_cache_bytes = 0;
   std::int64_t block_bytes = 0;
   std::int64_t max_positions = 0;  // the model's
+  std::int64_t home_tokens = 0;    // what the host tier holds of sequences beyond the KV cache
 };
 struct Capacity {
   std::int64_t kv_cache_bytes = 0;

@@ -206,6 +206,14 @@ class EngineMetrics : public EngineObserver {
   }
   void ShowOffloading(const EngineStatus& status, const TierStats& tier) {
     const auto number = [](std::int64_t value) { return static_cast<double>(value); };
+    MakeGauge("spillway_kv_home_blocks", "Host slots that running sequences hold as their own.")
+        .Set(number(status.home_blocks));
+    SetCounter("spillway_kv_moved_home_bytes_total", "Bytes of running sequences moved to the host tier.",
+               number(status.moved_home_bytes));
+    SetCounter("spillway_kv_move_home_seconds_total", "Seconds in which such moves were under way.",
+               status.move_home_seconds);
+    SetCounter("spillway_kv_streamed_bytes_total", "Bytes that attention has read in the host tier.",
+               number(status.streamed_bytes));
     SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.", number(status.restored_bytes));
     SetCounter("vllm:kv_offload_load_time_total", "Seconds of loads, summed.", status.restore_seconds);
     SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.", number(status.stored_bytes));

@@ -44,11 +44,12 @@ class CpuDevice final : public Device {
   }
 
   absl::StatusOr<std::unique_ptr<Stream>> NewStream() override {
-    return std::make_unique<CpuStream>(*pool_, options_.before_item, options_.ignore_order);
+    return std::make_unique<CpuStream>(*pool_, options_.before_item, options_.ignored_order);
   }
 
   const Kernels& kernels() const override { return *kernels_; }
   std::size_t free_bytes() const override { return budget_->free_bytes(); }
+  HostKv host_kv() const override { return HostKv::kInPlace; }
   std::string description() const override { return description_; }
 
  private:

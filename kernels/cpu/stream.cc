@@ -18,8 +18,8 @@ void CpuEvent::Set(absl::Status status) {
   done_.notify_all();
 }
 
-CpuStream::CpuStream(WorkerPool& pool, std::function<void()> before_item, bool ignore_order)
-    : pool_(pool), before_item_(std::move(before_item)), ignore_order_(ignore_order), thread_([this] { Run(); }) {}
+CpuStream::CpuStream(WorkerPool& pool, std::function<void()> before_item, IgnoredOrder ignored_order)
+    : pool_(pool), before_item_(std::move(before_item)), ignored_order_(ignored_order), thread_([this] { Run(); }) {}
 
 CpuStream::~CpuStream() {
   {
@@ -76,6 +76,14 @@ void CpuStream::Copy(std::byte* to, const std::byte* from, std::size_t size_byte
   }));
 }
 
+void CpuStream::Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
+                       std::size_t size_bytes) {
+  Push(WorkItem([this, to, from, offset, size_bytes] {
+    if (failed_) return;
+    for (std::size_t i = 0; i < from.size(); ++i) std::memcpy(to + i * size_bytes, from[i] + offset, size_bytes);
+  }));
+}
+
 std::shared_ptr<Event> CpuStream::Record() {
   auto event = std::make_shared<CpuEvent>();
   Push(WorkItem([this, event] { event->Set(status()); }));
@@ -83,7 +91,7 @@ std::shared_ptr<Event> CpuStream::Record() {
 }
 
 void CpuStream::Wait(const std::shared_ptr<Event>& event) {
-  if (ignore_order_) return;
+  if (ignored_order_ != IgnoredOrder::kNone) return;
   Push(WorkItem([this, event] {
     if (failed_) return;
     absl::Status status = event->Await();
@@ -92,7 +100,7 @@ void CpuStream::Wait(const std::shared_ptr<Event>& event) {
 }
 
 void CpuStream::Notify(std::function<void()> reached) {
-  if (ignore_order_) {
+  if (ignored_order_ == IgnoredOrder::kWaitAndNotify) {
     reached();
     return;
   }

@@ -44,14 +44,16 @@ struct WorkPlace {
 class CpuStream final : public Stream {
  public:
   // The pool outlives the stream.
-  CpuStream(WorkerPool& pool, std::function<void()> before_item, bool ignore_order);
+  CpuStream(WorkerPool& pool, std::function<void()> before_item, IgnoredOrder ignored_order);
   ~CpuStream() override;
 
   void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) override;
+  void Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
+              std::size_t size_bytes) override;
   std::shared_ptr<Event> Record() override;
   // If the awaited work failed, this stream takes over its error: what follows would read garbage.
   void Wait(const std::shared_ptr<Event>& event) override;
-  // With ignore_order: runs `reached` before it returns.
+  // With IgnoredOrder::kWaitAndNotify: runs `reached` before it returns.
   void Notify(std::function<void()> reached) override;
   absl::Status status() const override;
 
@@ -73,7 +75,7 @@ class CpuStream final : public Stream {
 
   WorkerPool& pool_;
   const std::function<void()> before_item_;
-  const bool ignore_order_;
+  const IgnoredOrder ignored_order_;
 
   // Stream's thread only.
   Scratch call_scratch_;

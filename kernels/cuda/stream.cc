@@ -146,6 +146,11 @@ bool CudaStream::IsUsable() const {
   return false;
 }
 
+void CudaStream::Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
+                        std::size_t size_bytes) {
+  for (std::size_t i = 0; i < from.size(); ++i) Copy(to + i * size_bytes, from[i] + offset, size_bytes);
+}
+
 void CudaStream::Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) {
   if (size_bytes == 0) return;
   Queue("copy", [&](cudaStream_t stream) { return cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, stream); });

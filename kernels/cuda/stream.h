@@ -68,6 +68,8 @@ class CudaStream final : public Stream {
   ~CudaStream() override;
 
   void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) override;  // by a copy engine
+  void Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
+              std::size_t size_bytes) override;
   std::shared_ptr<Event> Record() override;
   // If the awaited work is known to have failed, this stream takes over its error.
   void Wait(const std::shared_ptr<Event>& event) override;

@@ -241,7 +241,7 @@ class HandDriven {
     runner_ = *StepRunner::Make(
         *device_, *model_,
         {.max_tokens = 1024, .max_sequences = 1, .max_blocks_per_sequence = 64, .max_banned_per_sequence = 8},
-        /*hash_logits=*/true);
+        /*home_reader=*/nullptr, /*hash_logits=*/true);
   }
 
   // Computes the next `count` known tokens of the sequence.
@@ -371,7 +371,7 @@ TEST(PlantedFault, RemovedEventWaitIsCaught) {
   std::shared_future<void> read = was_read.get_future().share();
   std::atomic<bool> is_armed{false};
   CpuDeviceOptions device;
-  device.ignore_order = true;
+  device.ignored_order = IgnoredOrder::kWaitAndNotify;
   device.before_item = [&] {
     if (is_armed.load()) read.wait();
   };

@@ -20,6 +20,7 @@
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/engine_harness.h"
 #include "tests/support/temp_folder.h"
+#include "tests/support/wrapped_host_tier.h"
 
 namespace spillway {
 namespace {
@@ -28,6 +29,7 @@ using ::spillway::testing::Collected;
 using ::spillway::testing::CollectingSink;
 using ::spillway::testing::MakeRequest;
 using ::spillway::testing::Rig;
+using ::spillway::testing::WrappedHostTier;
 
 constexpr std::int32_t kMaxModelLen = 96;  // 6 blocks
 
@@ -294,47 +296,31 @@ INSTANTIATE_TEST_SUITE_P(Tiers, Admission, ::testing::ValuesIn(AdmissionCases())
          std::to_string(test.param.chunk);
 });
 
-// Cached copies that are lost, corrupted, or come late. Wraps the real tier through the interface that production uses.
-class FaultyHostTier : public HostTier {
+// Cached copies that are lost or corrupted. Wraps the real tier through the interface that production uses.
+class FaultyHostTier : public WrappedHostTier {
  public:
   FaultyHostTier(std::unique_ptr<HostTier> real, std::size_t block_bytes, std::uint64_t offset)
-      : real_(std::move(real)), block_bytes_(block_bytes), offset_(offset) {}
+      : WrappedHostTier(std::move(real)), block_bytes_(block_bytes), offset_(offset) {}
 
   std::optional<HostSlot> BeginWrite(const BlockKey& key, std::span<const std::int32_t> tokens,
                                      WriteCause cause) override {
     if (num_writes_.fetch_add(1) % 10 == 9) return std::nullopt;
-    return real_->BeginWrite(key, tokens, cause);
-  }
-  HostSlot Commit(HostSlot slot, const BlockKey& key, std::span<const std::int32_t> tokens) override {
-    return real_->Commit(std::move(slot), key, tokens);
+    return WrappedHostTier::BeginWrite(key, tokens, cause);
   }
   std::optional<HostSlot> Find(const BlockKey& key, std::span<const std::int32_t> tokens) override {
     const std::uint64_t count = num_finds_.fetch_add(1) + offset_;
     if (count % 7 == 6) return std::nullopt;
-    std::optional<HostSlot> found = real_->Find(key, tokens);
+    std::optional<HostSlot> found = WrappedHostTier::Find(key, tokens);
     if (found && count % 3 == 0) {
       found->bytes()[count * 131 % block_bytes_] ^= std::byte{0x40};
       ++num_corrupted;
     }
     return found;
   }
-  bool Touch(const BlockKey& key, std::span<const std::int32_t> tokens) override { return real_->Touch(key, tokens); }
-  bool Contains(const BlockKey& key, std::span<const std::int32_t> tokens) const override {
-    return real_->Contains(key, tokens);
-  }
-  absl::Status Verify(const HostSlot& slot) override { return real_->Verify(slot); }
-  void Clear() override { real_->Clear(); }
-  Tier* lower() const override { return real_->lower(); }
-  TierStats stats() const override { return real_->stats(); }
-  void CheckInvariants() const override { real_->CheckInvariants(); }
 
   std::atomic<int> num_corrupted{0};
 
- protected:
-  void Release(BlockRef) override { SPILLWAY_CHECK(false) << "slots belong to the real tier"; }
-
  private:
-  const std::unique_ptr<HostTier> real_;
   const std::size_t block_bytes_;
   const std::uint64_t offset_;
   std::atomic<std::uint64_t> num_writes_{0};

@@ -232,7 +232,7 @@ TEST(FaultHookTest, BeforeItemRunsOnTheStreamsThreadBeforeEveryItem) {
 
 TEST(FaultHookTest, IgnoredOrderShowsTheWrongValue) {
   CpuDeviceOptions options;
-  options.ignore_order = true;
+  options.ignored_order = IgnoredOrder::kWaitAndNotify;
   const auto device = MakeDevice(options);
   const auto writer = device->NewStream().value();
   const auto reader = device->NewStream().value();

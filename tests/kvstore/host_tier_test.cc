@@ -85,6 +85,7 @@ class RottingTier : public testing::WrappedHostTier {
 class HastyStream : public Stream {
  public:
   void Copy(std::byte*, const std::byte*, std::size_t) override {}
+  void Gather(std::byte*, std::span<const std::byte* const>, std::size_t, std::size_t) override {}
   std::shared_ptr<Event> Record() override {
     class Reached : public Event {
       bool Ready() const override { return true; }
@@ -110,6 +111,7 @@ class HastyDevice : public Device {
   }
   const Kernels& kernels() const override { return real_.kernels(); }
   std::size_t free_bytes() const override { return real_.free_bytes(); }
+  HostKv host_kv() const override { return real_.host_kv(); }
   std::string description() const override { return real_.description(); }
 
  private:

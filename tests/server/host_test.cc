@@ -116,6 +116,18 @@ TEST(PlanCapacity, FitsTheContextToTheCache) {
   EXPECT_EQ(PlanCapacity(request)->max_model_len, 100);
 }
 
+TEST(PlanCapacity, CountsTheHostTierBeyondTheCache) {
+  CapacityRequest request{
+      .default_kv_cache_bytes = 3200, .block_bytes = 100, .max_positions = 4096, .home_tokens = 1024};
+  EXPECT_EQ(PlanCapacity(request)->max_model_len, 512 + 1024);
+  request.max_model_len = 512 + 1024;
+  EXPECT_TRUE(PlanCapacity(request).ok());
+  ++request.max_model_len;
+  EXPECT_THAT(std::string(PlanCapacity(request).status().message()), HasSubstr("which holds 1024 beyond them"));
+  request = {.default_kv_cache_bytes = 3100, .block_bytes = 100, .max_positions = 4096, .home_tokens = 1024};
+  EXPECT_EQ(PlanCapacity(request)->max_model_len, 31 * kBlockTokens) << "a KV cache too small to stream";
+}
+
 TEST(PlanCapacity, RefusesWhatCannotBe) {
   const auto error = [](const CapacityRequest& request) {
     return std::string(PlanCapacity(request).status().message());

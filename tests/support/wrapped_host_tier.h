@@ -23,6 +23,7 @@ class WrappedHostTier : public HostTier {
   HostSlot Commit(HostSlot slot, const BlockKey& key, std::span<const std::int32_t> tokens) override {
     return real_->Commit(std::move(slot), key, tokens);
   }
+  std::optional<HostSlot> TakeHome() override { return real_->TakeHome(); }
   std::optional<HostSlot> Find(const BlockKey& key, std::span<const std::int32_t> tokens) override {
     return real_->Find(key, tokens);
   }
@@ -32,6 +33,8 @@ class WrappedHostTier : public HostTier {
   }
   absl::Status Verify(const HostSlot& slot) override { return real_->Verify(slot); }
   void Clear() override { real_->Clear(); }
+  std::byte* slab() const override { return real_->slab(); }
+  std::uint32_t num_blocks() const override { return real_->num_blocks(); }
   Tier* lower() const override { return real_->lower(); }
   TierStats stats() const override { return real_->stats(); }
   void CheckInvariants() const override { real_->CheckInvariants(); }
