@@ -32,7 +32,7 @@ struct EngineOptions {
   std::int32_t long_prefill_token_threshold = 0;  // most prefill tokens of one sequence in a step; 0 = the budget
   std::int32_t max_queued_requests = 4096;        // waiting sequences beyond those running
   SchedulingPolicy scheduling_policy = SchedulingPolicy::kFcfs;
-  LoadChoice load_choice = LoadChoice::kAuto;
+  LoadChoice load_choice = LoadChoice::kLoad;
   bool enable_prefix_caching = true;
   bool hash_logits = false;                          // identity tests: SampledToken.logits_hash is filled
   std::string prefix_hash_seed = "0";                // first parent of the key chain (vLLM: PYTHONHASHSEED)

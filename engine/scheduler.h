@@ -61,7 +61,7 @@ class Scheduler {
     std::int32_t long_prefill_token_threshold = 0;  // 0 = the budget
     bool enable_prefix_caching = true;
     SchedulingPolicy policy = SchedulingPolicy::kFcfs;
-    LoadChoice load_choice = LoadChoice::kAuto;
+    LoadChoice load_choice = LoadChoice::kLoad;
     double ageing_seconds = 1;
   };
 

@@ -65,7 +65,7 @@ struct CacheChoice {
 
 struct SchedulingChoice {
   std::string policy = "fcfs";
-  std::string load_choice = "auto";
+  std::string load_choice = "load";
   std::int64_t max_num_seqs = 256;
   std::int64_t max_num_batched_tokens = 2048;
   std::int64_t long_prefill_token_threshold = 0;  // 0: the whole budget
