@@ -36,6 +36,7 @@ class Question:
     answer: str
     depth: float  # of its sentence: 0 at the begin of the document, 1 at the end
     sentence: str  # what answers it; empty where nothing does
+    subject: str = ""  # what it is about, where the style tells
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def make_rng(seed: int, index: int) -> random.Random:
 
 def _write_text(style: Style, rng: random.Random, tokens: int, count: TokenCounter) -> tuple[str, int, list[_Placed]]:
     """Sentences of at most `tokens` tokens, short of it by less than a sentence, and the facts among them."""
-    density = rng.uniform(0.35, 0.95)
+    density = rng.uniform(0.6, 1.0)
     pieces: list[str] = []
     facts: list[tuple[Fact, int]] = []
     total = 0
@@ -103,7 +104,9 @@ def make_document(
     style = STYLES[style_name](rng)
     text, total, facts = _write_text(style, rng, tokens, count)
     questions = [
-        Question(placed.fact.question, placed.fact.answer, placed.depth, placed.fact.sentence)
+        Question(
+            placed.fact.question, placed.fact.answer, placed.depth, placed.fact.sentence, placed.fact.subject
+        )
         for placed in _pick(rng, facts, bands, questions_per_band)
     ]
     for _ in range(unknown):

@@ -5,8 +5,9 @@
     python3 evaluate.py --backend transformers --folder DIR --style varied --lengths 1000 2000 --perplexity --out DIR
 
 Asks about documents from held-out seeds, greedily, several questions over each document as their shared prefix. Writes
-results.json, results.md (a table with 95 % Wilson intervals) and results.svg (a heat map). With the plain style, made
-for the constructed model, the http and numpy backends need no tokenizers library.
+results.json, results.md (a table with 95 % Wilson intervals), results.svg (a heat map) and answers.jsonl (to compare
+two runs with diff). With the plain style, made for the constructed model, the http and numpy backends need no
+tokenizers library.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def normalized(answer: str) -> str:
     return answer.strip().removesuffix(".")
 
 
-def grade(document: Document, answers: Iterable[str], cells: list[Cell]) -> None:
+def grade(document: Document, answers: Sequence[str], cells: list[Cell]) -> None:
     """`cells` are those of the document's length, one for each equal band of depth."""
     for question, answer in zip(document.questions, answers):
         cell = cells[min(int(question.depth * len(cells)), len(cells) - 1)]
@@ -72,7 +73,10 @@ def grade(document: Document, answers: Iterable[str], cells: list[Cell]) -> None
         cell.unknown += normalized(answer) in UNKNOWN_ANSWERS
 
 
-def evaluate_length(backend: Backend, length: int, arguments: argparse.Namespace) -> list[Cell]:
+def evaluate_length(
+    backend: Backend, length: int, arguments: argparse.Namespace, answered: list[dict[str, object]]
+) -> list[Cell]:
+    """Adds to `answered` what was said to each question."""
     bands = depth_bands(arguments.depths)
     cells = [Cell(length, (low + high) / 2) for low, high in bands]
     count = load_counter(arguments.style, arguments.folder)
@@ -83,7 +87,10 @@ def evaluate_length(backend: Backend, length: int, arguments: argparse.Namespace
         document = make_document(arguments.style, rng, length - PROMPT_OVERHEAD, count, each, bands)
         if arguments.remove_needles:
             document = without_needles(document)
-        grade(document, backend.answer(document.text, [q.question for q in document.questions]), cells)
+        answers = backend.answer(document.text, [q.question for q in document.questions])
+        grade(document, answers, cells)
+        for question, answer in zip(document.questions, answers):
+            answered.append({"length": length, "document": index, "question": question.question, "answer": answer})
         index += 1
     return cells
 
@@ -155,9 +162,10 @@ def main() -> None:
     arguments = parse_arguments()
     backend = make_backend(arguments)
     cells: list[Cell] = []
+    answered: list[dict[str, object]] = []
     started = time.monotonic()
     for length in arguments.lengths:
-        cells += evaluate_length(backend, length, arguments)
+        cells += evaluate_length(backend, length, arguments, answered)
         print(to_markdown(cells[-arguments.depths :]), flush=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     results: dict[str, object] = {
@@ -173,6 +181,7 @@ def main() -> None:
         text += f"\nPerplexity on held-out prose: {measured['perplexity']:.3f} over {measured['tokens']:,} tokens.\n"
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answered))
     (arguments.out / "results.md").write_text(text)
     (arguments.out / "results.svg").write_text(heat_map_svg([(c.length, c.depth, c.accuracy) for c in cells]))
 

@@ -11,6 +11,7 @@ class Fact:
     sentence: str
     question: str
     answer: str
+    subject: str = ""  # as it stands in the sentence and in the question, for styles that trainers use
 
 
 class Style(abc.ABC):

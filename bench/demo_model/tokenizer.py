@@ -15,10 +15,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from chat import BOS, END, SPECIAL_TOKENS, chat_template
 from documents import make_document, make_rng
-from varied_style import SMALL_TALK
+from small_talk import SMALL_TALK
 
-_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # digits one by one
+_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DOCUMENT_CHARACTERS = 4000
+_SMALL_TALK_REPEATS = 20
 
 
 def sample_texts(seed: int, documents: int) -> Iterator[str]:
@@ -26,7 +27,7 @@ def sample_texts(seed: int, documents: int) -> Iterator[str]:
         document = make_document("varied", make_rng(seed, index), _DOCUMENT_CHARACTERS, len, 20)
         yield document.text
         yield from (f"{question.question}\n {question.answer}" for question in document.questions)
-    for question, answer in SMALL_TALK:
+    for question, answer in SMALL_TALK * _SMALL_TALK_REPEATS:
         yield f"{question}\n {answer}"
 
 
