@@ -20,7 +20,7 @@ endif
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-serve: program ## build and serve: make serve MODEL=<folder or Hub id> [ARGS="--port 8080"]
+serve: program ## build and serve: make serve [MODEL=<folder or Hub id>] [ARGS="--port 8080"]
 	@exec $(BUILD)/spillway serve $(MODEL) $(ARGS)
 
 test: build ## build everything and run every test

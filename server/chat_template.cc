@@ -114,6 +114,14 @@ std::unique_ptr<ChatTemplate> MakeChatTemplate(const Tokenizer& tokenizer) {
   if (tokenizer.Find("[INST]") || tokenizer.chat_template().find("[INST]") != std::string_view::npos) {
     return std::make_unique<Llama2Template>(bos, text_of(tokenizer.eos_token()));
   }
+  if (tokenizer.Find("<|user|>") && tokenizer.Find("<|assistant|>") && tokenizer.Find("<|end|>") && bos == "<|bos|>") {
+    return std::make_unique<UniformTemplate>(MessageFormat{.name = "role-tokens",
+                                                           .start = bos,
+                                                           .before_role = "<|",
+                                                           .after_role = "|>",
+                                                           .after_content = "<|end|>",
+                                                           .generation_prompt = "<|assistant|>"});
+  }
   // Where the tokenizer begins texts with bos, so does the chat: its text is tokenized without that.
   const auto empty = tokenizer.Encode("", SpecialTokens::kAdd);
   const bool starts_with_bos = empty.ok() && !empty->empty() && empty->front() == tokenizer.bos_token();

@@ -25,11 +25,11 @@ class ChatTemplate {
   // INVALID_ARGUMENT for roles or orders that the format cannot express.
   virtual absl::StatusOr<std::string> Render(const std::vector<ChatMessage>& messages,
                                              bool add_generation_prompt) const = 0;
-  virtual std::string name() const = 0;  // "llama3", "chatml", "plain"
+  virtual std::string name() const = 0;  // "llama3", "chatml", "llama2", "role-tokens", "plain"
 };
 
 // Chosen by the special tokens in the vocabulary: <|start_header_id|> llama3, <|im_start|> chatml, [INST] pieces
-// llama2, else plain ("role: content" lines).
+// llama2, <|bos|> with one token for each role role-tokens (the demo models), else plain ("role: content" lines).
 std::unique_ptr<ChatTemplate> MakeChatTemplate(const Tokenizer& tokenizer);
 
 }  // namespace spillway

@@ -48,8 +48,8 @@ int Complete(EngineHost& host, const Options& options, std::string prompt) {
 }
 
 int Chat(EngineHost& host, const Options& options) {
-  fmt::print(stderr, "Chat with {} ({} format). An empty line or Ctrl-D ends it.\n", options.model.model,
-             host.chat_template->name());
+  fmt::print(stderr, "Chat with {} ({} format). An empty line or Ctrl-D ends it.\n",
+             host.service->options().model_names.front(), host.chat_template->name());
   std::vector<ChatMessage> messages;
   for (std::string line; fmt::print(stderr, "> "), std::getline(std::cin, line) && !line.empty();) {
     messages.push_back({"user", line});

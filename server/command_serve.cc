@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
+#include <system_error>
 #include <thread>
 
 #include "absl/time/clock.h"
@@ -108,6 +110,16 @@ void LogReady(const Options& options, const EngineHost& host, const Frontends& f
   Log(LogLevel::kInfo, "ready", fields);
 }
 
+// The built-in demo model brings a request along: a long document with a question about it.
+void LogExample(const EngineHost& host, const std::string& address) {
+  const std::string file = host.folder + "/example.json";
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(file, error)) return;
+  Log(LogLevel::kInfo, "ask it something",
+      {{"try",
+        fmt::format("curl http://{}/v1/chat/completions -H 'Content-Type: application/json' -d @{}", address, file)}});
+}
+
 int Fail(const absl::Status& status) {
   Log(LogLevel::kError, std::string(status.message()), {{"code", absl::StatusCodeToString(status.code())}});
   return kExitFailed;
@@ -146,6 +158,7 @@ int ServeCommand(const Options& options, const Environment& environment) {
   const Watchdog watchdog(*host->engine, interval,
                           [&events](const std::string&) { events.Post(ServerEvent::kEngineFailed); });
   LogReady(options, *host, *frontends, begin);
+  if (options.model.model.empty()) LogExample(*host, Address(options.listen.host, frontends->http->port()));
 
   std::thread drain;
   while (true) {

@@ -294,7 +294,9 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
 
   ServiceOptions service;
   service.model_names = options.model.served_names;
-  if (service.model_names.empty()) service.model_names = {options.model.model};
+  if (service.model_names.empty()) {
+    service.model_names = {options.model.model.empty() ? kDemoModelName : options.model.model};
+  }
   service.cache_salt_by_tenant = options.cache.cache_salt_by_tenant;
   host.metrics = Metrics::Make(service.model_names.front(), static_cast<int>(capacity.max_model_len), num_engines);
 

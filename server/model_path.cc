@@ -56,14 +56,27 @@ fs::path Snapshot(const fs::path& repository) {
   return complete.size() == 1 ? complete.front() : fs::path();
 }
 
+std::string RunningProgram() {
+  std::error_code error;
+  return fs::read_symlink("/proc/self/exe", error).string();
+}
+
 }  // namespace
 
-absl::StatusOr<std::string> ResolveModel(const std::string& model, const Environment& environment) {
-  if (model.empty()) {
-    return absl::InvalidArgumentError(
-        "MODEL is missing: pass a Hugging Face folder, or a Hub id that is in the local cache. (A built-in demo model "
-        "is not part of this version.)");
+absl::StatusOr<std::string> FindDemoModel(const std::string& program) {
+  const fs::path beside = fs::path("share") / "spillway" / "demo_model";
+  const fs::path folder = fs::path(program).parent_path();
+  const fs::path installed = (folder / ".." / beside).lexically_normal();
+  const fs::path built = folder / beside;
+  for (const fs::path& candidate : {installed, built}) {
+    if (HasModel(candidate)) return candidate.string();
   }
+  return absl::NotFoundError(fmt::format("the built-in demo model is neither in {} nor in {}; pass MODEL",
+                                         installed.string(), built.string()));
+}
+
+absl::StatusOr<std::string> ResolveModel(const std::string& model, const Environment& environment) {
+  if (model.empty()) return FindDemoModel(RunningProgram());
   std::error_code error;
   if (fs::is_directory(model, error)) {
     if (HasModel(model)) return model;

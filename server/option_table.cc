@@ -30,7 +30,8 @@ std::vector<OptionRow> MakeTable() {
        .target = SPILLWAY_AT(model.model),
        .group = "Model",
        .help =
-           "A Hugging Face folder, or a Hub id that is in the local cache (HF_HUB_CACHE, HF_HOME). Also the argument.",
+           "A Hugging Face folder, or a Hub id that is in the local cache (HF_HUB_CACHE, HF_HOME). Also the argument. "
+           "Without it: the built-in demo model.",
        .vllm = "--model"},
       {.name = "served-model-name",
        .commands = kServe,
@@ -38,7 +39,7 @@ std::vector<OptionRow> MakeTable() {
        .target = SPILLWAY_AT(model.served_names),
        .group = "Model",
        .help = "Names that clients may ask for; the first one is reported. May be repeated.",
-       .default_note = "MODEL as given",
+       .default_note = "MODEL as given, else spillway-demo",
        .vllm = "--served-model-name"},
       {.name = "dtype",
        .commands = kEngines,

@@ -42,3 +42,8 @@ target_link_libraries(
 add_executable(spillway main.cc)
 target_link_libraries(spillway PRIVATE spillway_program fmt::fmt)
 install(TARGETS spillway RUNTIME DESTINATION bin)
+
+# The built-in demo model, beside the program in the build tree as where it is installed.
+install(DIRECTORY ${CMAKE_SOURCE_DIR}/deploy/demo_model DESTINATION share/spillway)
+file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/share/spillway)
+file(CREATE_LINK ${CMAKE_SOURCE_DIR}/deploy/demo_model ${CMAKE_BINARY_DIR}/share/spillway/demo_model SYMBOLIC)

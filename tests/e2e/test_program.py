@@ -22,7 +22,6 @@ def test_version_and_usage():
 def test_absent_models(tmp_path):
     absent = run("serve", "org/absent", env={"HF_HOME": str(tmp_path)})
     assert absent.returncode == 1 and "hf download org/absent" in absent.stderr
-    assert run("serve").returncode == 1
     cuda = run("serve", "m", "--device", "cuda", env={"HF_HOME": str(tmp_path)})
     assert cuda.returncode == 1
 
@@ -34,6 +33,16 @@ def test_run(stories, golden):
     assert answer.stdout == case["text"] + "\n"
     piped = run("run", stories / "hf", "--temperature", 0, "-n", 5, input=case["prompt"])
     assert piped.returncode == 0 and case["text"].startswith(piped.stdout[:-1])
+
+
+def test_built_in_model(tmp_path):
+    """Without MODEL, from any folder."""
+    said = "<|user|>Who are you?<|end|><|assistant|>"
+    answer = run("run", "-p", said, "--temperature", 0, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "I am the small demo model of Spillway." in answer.stdout
+    checked = run("check", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_check(stories, tmp_path):

@@ -44,6 +44,19 @@ TEST(ChatTemplate, Plain) {
   EXPECT_EQ(*made->Render({kTalk[0], kTalk[3]}, true), "<s>system: Be brief.\nuser: Bye\nassistant:");
 }
 
+TEST(ChatTemplate, RoleTokens) {
+  class WithBos : public FakeTokenizer {
+   public:
+    WithBos() : FakeTokenizer({"<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"}) {}
+    std::optional<std::int32_t> bos_token() const override { return kFakeFirstExtra; }
+  };
+  const auto made = MakeChatTemplate(WithBos());
+  EXPECT_EQ(made->name(), "role-tokens");
+  EXPECT_EQ(*made->Render({kTalk[0], kTalk[1], kTalk[2]}, true),
+            "<|bos|><|system|>Be brief.<|end|><|user|> Hi <|end|><|assistant|>Hello<|end|><|assistant|>");
+  EXPECT_EQ(MakeChatTemplate(FakeTokenizer({"<|end|>", "<|user|>", "<|assistant|>"}))->name(), "plain");
+}
+
 TEST(ChatTemplate, UnknownRolesAreRefusedByName) {
   for (const char* special : {"<|start_header_id|>", "<|im_start|>", "[INST]", "<other>"}) {
     const auto text = MakeChatTemplate(FakeTokenizer({special}))->Render({{"tool", "x"}}, true);

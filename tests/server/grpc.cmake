@@ -4,7 +4,7 @@
 if(NOT SPILLWAY_SANITIZE STREQUAL "thread")
   spillway_test(grpc_test SOURCES grpc_test.cc LIBS spillway_grpc spillway_proto)
 endif()
-spillway_test(program_test SOURCES bench_test.cc host_test.cc modelled_test.cc options_test.cc watchdog_test.cc
+spillway_test(program_test SOURCES bench_test.cc demo_model_test.cc host_test.cc modelled_test.cc options_test.cc watchdog_test.cc
               LIBS spillway_program fmt::fmt nlohmann_json::nlohmann_json)
 include(${CMAKE_SOURCE_DIR}/tests/e2e/e2e.cmake)
 include(${CMAKE_SOURCE_DIR}/tests/headers.cmake)

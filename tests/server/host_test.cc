@@ -60,9 +60,17 @@ TEST(ResolveModel, SaysHowToFetchWhatIsAbsent) {
   const auto absent = ResolveModel("org/name", {{"HF_HOME", "/nonexistent"}});
   EXPECT_TRUE(absl::IsNotFound(absent.status()));
   EXPECT_THAT(std::string(absent.status().message()), HasSubstr("hf download org/name"));
-  EXPECT_TRUE(absl::IsInvalidArgument(ResolveModel("", {}).status()));
   EXPECT_TRUE(absl::IsInvalidArgument(ResolveModel("/no/such/folder", {}).status()));
   EXPECT_TRUE(absl::IsInvalidArgument(ResolveModel("not a Hub id", {}).status()));
+}
+
+TEST(FindDemoModel, IsBesideTheInstalledOrTheBuiltProgram) {
+  const TemporaryFolder folder;
+  EXPECT_TRUE(absl::IsNotFound(FindDemoModel(folder / "bin/spillway").status()));
+  folder.Write("bin/share/spillway/demo_model/config.json", "{}");
+  EXPECT_EQ(FindDemoModel(folder / "bin/spillway").value(), folder / "bin/share/spillway/demo_model");
+  folder.Write("share/spillway/demo_model/config.json", "{}");
+  EXPECT_EQ(FindDemoModel(folder / "bin/spillway").value(), folder / "share/spillway/demo_model");
 }
 
 TEST(MachineMemory, ReadsTheTightestCgroupOfVersion2) {
