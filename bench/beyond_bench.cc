@@ -106,7 +106,7 @@ struct Outcome {
 
 Outcome Measure(const std::string& folder, const Setup& setup) {
   std::unique_ptr<Device> device = *MakeCpuDevice({});
-  std::unique_ptr<Model> model = *Model::Load(folder, DTypeChoice::kAuto, *device, nullptr);
+  std::unique_ptr<Model> model = *Model::Load(folder, DTypeChoice::kAuto, Quantization::kNone, *device, nullptr);
   const KvLayout layout = model->kv_layout();
   std::unique_ptr<HostTier> host =
       MakeHostTier(*device->Allocate(MemoryKind::kPinnedHost, kAllBlocks * layout.block_bytes()),
