@@ -273,7 +273,9 @@ TEST_P(Admission, EveryStepIsBitIdentical) {
     EXPECT_TRUE(ForceRestore(rig));
     if (choice == LoadChoice::kRecompute || choice == LoadChoice::kAuto) break;  // auto: as the cost model finds
   }
-  if (choice != LoadChoice::kAuto) EXPECT_EQ(rig.host->stats().hits > before, choice != LoadChoice::kRecompute);
+  if (choice != LoadChoice::kAuto) {
+    EXPECT_EQ(rig.host->stats().hits > before, choice != LoadChoice::kRecompute);
+  }
   rig.engine.reset();
   rig.host->CheckInvariants();
   EXPECT_EQ(rig.host->stats().in_flight, 0) << "a host slot is still pinned";

@@ -29,8 +29,8 @@ TEST(Metrics, ShowsTheCostModelAndTheKappaOfRequests) {
                                   .step_floor_seconds = 0.001},
                                  link, 1e6);
   FakeEngine engine(options);
-  metrics->Attach(engine);
-  metrics->OnSequenceDone({.prompt_tokens = 50, .generated_tokens = 1, .kappa = 4, .link_overhead = 2.5});
+  metrics->Attach(0, engine);
+  metrics->ObserverOf(0).OnSequenceDone({.prompt_tokens = 50, .generated_tokens = 1, .kappa = 4, .link_overhead = 2.5});
   const std::string text = metrics->Render();
   const std::string labels = R"({engine="0",model_name="m"})";
   EXPECT_THAT(text, HasSubstr("spillway_kappa_crit" + labels + " 1.5\n"));
