@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -72,20 +70,10 @@ absl::StatusOr<double> Calibrator::StepSeconds(std::int32_t cached, std::int32_t
   plan.sequences.push_back({.sequence = &sequence, .samples = true});
   plan.num_tokens = tokens;
 
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool is_done = false;
   const double begin = Now();
-  runner_.Launch(plan, store_.view(), [&] {
-    const std::lock_guard lock(mutex);
-    is_done = true;
-    changed.notify_one();
-  });
-  std::unique_lock lock(mutex);
-  changed.wait(lock, [&] { return is_done; });
-  const double seconds = std::max(kTick, Now() - begin);
-  RETURN_IF_ERROR(runner_.status());
-  return seconds;
+  runner_.Launch(plan, store_.view(), [] {});
+  RETURN_IF_ERROR(runner_.Await());
+  return std::max(kTick, Now() - begin);
 }
 
 absl::StatusOr<ComputeSpeed> Calibrator::Compute() {

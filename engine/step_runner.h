@@ -38,6 +38,9 @@ class StepRunner {
   // post to a mailbox.
   void Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done);
 
+  // Blocks until what was launched is done; start-up only.
+  absl::Status Await() { return stream_->Record()->Await(); }
+
   // After done: whether the step succeeded, and one result per sampling sequence, in the plan's order.
   absl::Status status() const { return stream_->status(); }
   std::int64_t home_buffer_bytes() const {

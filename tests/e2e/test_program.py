@@ -49,7 +49,7 @@ def test_check(stories, tmp_path):
     for folder in ("hf", "hf-bf16", "hf-hd64", "hf-hd128"):
         answer = run("check", stories / folder)
         assert answer.returncode == 0, answer.stdout + answer.stderr
-        assert "FAILED" not in answer.stdout and answer.stdout.count("ok ") == 6
+        assert "FAILED" not in answer.stdout and answer.stdout.count("ok ") == 8
     (tmp_path / "config.json").write_text("{}")
     broken = run("check", tmp_path)
     assert broken.returncode == 1 and "FAILED" in broken.stdout
