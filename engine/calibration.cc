@@ -57,7 +57,7 @@ class Calibrator {
 absl::StatusOr<double> Calibrator::StepSeconds(std::int32_t cached, std::int32_t tokens) {
   Sequence sequence;
   sequence.request.sampling.temperature = 0;
-  sequence.tokens.assign(static_cast<std::size_t>(cached + tokens), 0);
+  sequence.tokens.assign(static_cast<std::size_t>(cached) + static_cast<std::size_t>(tokens), 0);
   sequence.num_prompt = sequence.size();
   sequence.num_computed = cached;
   sequence.num_planned = tokens;

@@ -35,9 +35,10 @@ StepPlan Scheduler::Plan(double now) {
   PlanRunning(plan);
   if (plan.num_preempted == 0) AdmitReady(plan, now);
   if (plan.num_preempted == 0) options_.policy == SchedulingPolicy::kKappa ? AdmitByKappa(plan, now) : Admit(plan, now);
-  const auto streamed = std::ranges::stable_partition(
-      plan.sequences, [](const PlannedSequence& planned) { return planned.sequence->num_home == 0; });
-  plan.num_streamed = static_cast<std::int32_t>(streamed.size());
+  const auto streamed =
+      std::stable_partition(plan.sequences.begin(), plan.sequences.end(),
+                            [](const PlannedSequence& planned) { return planned.sequence->num_home == 0; });
+  plan.num_streamed = static_cast<std::int32_t>(plan.sequences.end() - streamed);
   return plan;
 }
 

@@ -1,7 +1,6 @@
 #include "kvstore/kv_store.h"
 
 #include <algorithm>
-#include <ranges>
 #include <utility>
 
 #include "kernels/check.h"
@@ -57,7 +56,8 @@ std::vector<BlockRef> KvStore::Match(std::span<const BlockKey> keys, std::span<c
   }
   std::vector<std::size_t> not_below;
   MarkUsed(keys.first(matched.size()), tokens, &not_below);
-  for (const std::size_t i : not_below | std::views::reverse) {
+  for (auto each = not_below.rbegin(); each != not_below.rend(); ++each) {
+    const std::size_t i = *each;
     QueueWriteThrough(matched[i].id(), keys[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
   }
   return matched;

@@ -129,6 +129,7 @@ class Check {
   absl::Status RestoreAndCompare(std::string_view tier) {
     RETURN_IF_ERROR(WipeDevice());
     std::vector<KvStore::Restored> restored;
+    restored.reserve(static_cast<std::size_t>(num_blocks_));
     for (int i = 0; i < num_blocks_; ++i) {
       restored.push_back(*store_->Restore(keys_[static_cast<std::size_t>(i)], TokensOf(i)));
     }

@@ -156,7 +156,8 @@ bool TransferEngine::Prepare(Transfer& transfer) {
 }
 
 void TransferEngine::Launch(std::vector<Transfer> transfers) {
-  Batch batch{.kind = transfers.front().kind, .transfers = std::move(transfers), .begun = Now()};
+  const Transfer::Kind kind = transfers.front().kind;
+  Batch batch{.kind = kind, .transfers = std::move(transfers), .begun = Now()};
   std::ranges::sort(batch.transfers, {}, &Transfer::device_bytes);
   const std::size_t block_bytes = options_.block_bytes;
   const std::vector<Transfer>& all = batch.transfers;
