@@ -51,7 +51,7 @@ nlohmann::json Measure(const Case& test) {
   std::unique_ptr<Device> device = *MakeCpuDevice({});
   std::unique_ptr<HostTier> host = MakeNullHostTier();
   // Room for what runs and its outputs, and for nobody else.
-  const std::uint32_t num_blocks = kRunning * (kPromptTokens / kBlockTokens + kSteps / kBlockTokens + 2);
+  const std::uint32_t num_blocks = kRunning * (kPromptTokens / kBlockTokens + 2 * kSteps / kBlockTokens + 2);
   std::unique_ptr<KvStore> store = *KvStore::Make(
       *device, *host, {.layout = kTinyLayout, .num_blocks = num_blocks, .pacing = {}, .before_copy = {}}, [] {});
   const KeyChain chain("0");

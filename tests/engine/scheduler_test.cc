@@ -166,6 +166,10 @@ class World {
   void AwaitStored() {
     while (store_->has_transfers()) Collect();
   }
+  // Write-through holds its block until it is done; restores under way stay so.
+  void SettleStores() {
+    while (store_->has_transfers() && store_->num_restoring() == 0) Collect();
+  }
   void AwaitLoaded() {
     link_.Open(true);
     while (store_->num_restoring() > 0) Collect();
@@ -340,6 +344,7 @@ void RunScenario(const std::string& path) {
       }
     } else if (verb == "expect") {
       const std::string expected(absl::StripAsciiWhitespace(line.substr(6)));
+      if (expected.starts_with("held")) world->SettleStores();
       ASSERT_TRUE(absl::StartsWith(expected.starts_with("held") ? world->Usage() : world->Loading(), expected))
           << world->Usage() << ", " << world->Loading();
     } else {
