@@ -263,7 +263,12 @@ TEST(KvStoreModel, TwoStoresOverOneHostTierAgreeWithMaps) {
                    {.block_bytes = kLayout.block_bytes(), .num_blocks = kHostBlocks, .verify = KvVerify::kOn});
   {
     Actor actors[2] = {{*device, *host, prompts, random}, {*device, *host, prompts, random}};
-    for (int i = 0; i < kOperations && !::testing::Test::HasFatalFailure(); ++i) {
+    // Transfers take their own time: where they are slow, more operations pass before enough of them were seen.
+    const auto has_seen_enough = [&] {
+      return std::ranges::all_of(actors, [](Actor& actor) { return actor.counts["restored"] > 100; });
+    };
+    for (int i = 0; i < kOperations || (i < 50 * kOperations && !has_seen_enough()); ++i) {
+      if (::testing::Test::HasFatalFailure()) break;
       Actor& actor = actors[random() % 2];
       actor.Act();
       actor.Check();
