@@ -5,14 +5,12 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "kernels/cpu/bf16_tiles.h"
 #include "kernels/cpu/gemm_dot.h"
 #include "kernels/cpu/tsan.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace spillway::cpu {
@@ -145,30 +143,12 @@ SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
   _tile_release();
 }
 
-bool HasAmx() {
-  unsigned a = 0;
-  unsigned b = 0;
-  unsigned c = 0;
-  unsigned d = 0;
-  constexpr unsigned kBF16 = 1U << 22U;
-  constexpr unsigned kTile = 1U << 24U;
-  constexpr unsigned kInt8 = 1U << 25U;
-  constexpr unsigned kAll = kBF16 | kTile | kInt8;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll;
-}
-
-// The tiles are state that the system saves only for processes that asked.
-bool SystemAllowsTiles() {
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
-  return ::syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 }  // namespace
 
 absl::StatusOr<DotBodies> AmxDotBodies() {
-  if (!HasAmx()) return absl::FailedPreconditionError("this machine has no amx");
-  if (!SystemAllowsTiles()) return absl::FailedPreconditionError("the system does not let this process use amx");
+  if (!HasAmx()) {
+    return absl::FailedPreconditionError("this machine has no amx, or the system does not let this process use it");
+  }
   return DotBodies{MultiplyPiece<Element::kBF16>, MultiplyPiece<Element::kInt8>};
 }
 
