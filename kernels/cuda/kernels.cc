@@ -265,11 +265,14 @@ class CudaKernels final : public Kernels {
     ASSIGN_OR_RETURN(Buffer values, slab_->Take(static_cast<std::size_t>(rows) * row_bytes));
     std::byte* to = values.get();
     for (const MatrixView& part : parts) {
+      const std::size_t part_bytes = static_cast<std::size_t>(part.rows) * row_bytes;
       const cudaError_t error =
-          cudaMemcpy2D(to, row_bytes, part.data, static_cast<std::size_t>(part.row_stride) * element, row_bytes,
-                       static_cast<std::size_t>(part.rows), cudaMemcpyHostToDevice);
+          part.row_stride == part.cols
+              ? cudaMemcpy(to, part.data, part_bytes, cudaMemcpyHostToDevice)
+              : cudaMemcpy2D(to, row_bytes, part.data, static_cast<std::size_t>(part.row_stride) * element, row_bytes,
+                             static_cast<std::size_t>(part.rows), cudaMemcpyHostToDevice);
       RETURN_IF_ERROR(ToStatus(error, absl::StrCat("uploading ", part.rows, " x ", part.cols, " weights")));
-      to += static_cast<std::size_t>(part.rows) * row_bytes;
+      to += part_bytes;
     }
     RETURN_IF_ERROR(ToStatus(cudaDeviceSynchronize(), "uploading weights"));
     return values;

@@ -19,12 +19,8 @@ struct StreamState::Callback {
 StreamState::StreamState(Buffer fault) : fault_(std::move(fault)) {}
 
 void StreamState::Fail(absl::Status status) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!status_.ok()) return;
-    status_ = std::move(status);
-  }
-  RunPending();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (status_.ok()) status_ = std::move(status);
 }
 
 absl::Status StreamState::status() {
@@ -74,14 +70,14 @@ void StreamState::Notify(cudaStream_t stream, std::function<void()> reached) {
     pending_[callback->id] = std::move(reached);
   }
   callback->state = shared_from_this();
-  const std::uint64_t id = callback->id;
   const cudaError_t error = cudaLaunchHostFunc(stream, Reached, callback.get());
   if (error == cudaSuccess) {
     callback.release();  // NOLINT(bugprone-unused-return-value): Reached owns it
     return;
   }
   Fail(ToStatus(error, "queueing a notification"));
-  Run(id);
+  static_cast<void>(cudaStreamSynchronize(stream));
+  RunPending();
 }
 
 CudaEvent::~CudaEvent() {
@@ -93,7 +89,10 @@ bool CudaEvent::Ready() const { return event_ == nullptr || cudaEventQuery(event
 absl::Status CudaEvent::Await() {
   if (event_ != nullptr) {
     const cudaError_t error = cudaEventSynchronize(event_);
-    if (error != cudaSuccess) state_->Fail(ToStatus(error, "work before an event"));
+    if (error != cudaSuccess) {
+      state_->Fail(ToStatus(error, "work before an event"));
+      state_->RunPending();
+    }
   }
   return state_->status();
 }
@@ -136,6 +135,15 @@ void CudaStream::Check(cudaError_t error, std::string_view what) {
   if (error == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // the same error, seen again by the next launch, would blame that one
   state_->Fail(ToStatus(error, what));
+  if (target_ == stream_) NotifyIfDead();
+}
+
+// A call that was refused stops nothing that was queued before it; a fault of the device ends everything.
+void CudaStream::NotifyIfDead() const {
+  const cudaError_t error = cudaStreamQuery(stream_);
+  if (error == cudaSuccess || error == cudaErrorNotReady) return;
+  state_->Fail(ToStatus(error, "queued work"));
+  state_->RunPending();
 }
 
 bool CudaStream::IsUsable() const {
@@ -158,10 +166,9 @@ void CudaStream::Copy(std::byte* to, const std::byte* from, std::size_t size_byt
 
 std::shared_ptr<Event> CudaStream::Record() {
   cudaEvent_t event = nullptr;
-  if (IsUsable()) {
-    Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
-    if (event != nullptr) Check(cudaEventRecord(event, target_), "recording an event");
-  }
+  static_cast<void>(cudaSetDevice(device_));
+  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  if (event != nullptr) Check(cudaEventRecord(event, target_), "recording an event");
   return std::make_shared<CudaEvent>(event, state_);
 }
 
@@ -177,10 +184,7 @@ void CudaStream::Wait(const std::shared_ptr<Event>& event) {
 
 void CudaStream::Notify(std::function<void()> reached) {
   SPILLWAY_CHECK(target_ == stream_) << "a notification among repeated work would be sent with every repetition";
-  if (!IsUsable()) {
-    reached();
-    return;
-  }
+  static_cast<void>(cudaSetDevice(device_));
   state_->Notify(stream_, std::move(reached));
 }
 
@@ -217,9 +221,7 @@ cudaGraphExec_t CudaStream::RecordGraph(const std::function<void()>& queue) {
 }
 
 absl::Status CudaStream::status() const {
-  if (absl::Status status = state_->status(); !status.ok()) return status;
-  const cudaError_t error = cudaStreamQuery(stream_);
-  if (error != cudaSuccess && error != cudaErrorNotReady) state_->Fail(ToStatus(error, "queued work"));
+  NotifyIfDead();
   return state_->status();
 }
 

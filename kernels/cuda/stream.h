@@ -25,12 +25,13 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   // `fault` is a Fault that kernels write.
   explicit StreamState(Buffer fault);
 
-  // The first error stays. Whoever waits for a notification gets it now: CUDA runs no callback after an error.
+  // The first error stays. What was queued before it goes on, and notifications come after that.
   void Fail(absl::Status status);
   absl::Status status();
   Fault* fault() const { return reinterpret_cast<Fault*>(fault_.get()); }
 
   void Notify(cudaStream_t stream, std::function<void()> reached);
+  // Nothing runs any more, and CUDA runs no callback: whoever waits for a notification gets it now.
   void RunPending();
 
  private:
@@ -96,6 +97,7 @@ class CudaStream final : public Stream {
  private:
   CudaStream(int device, Repeats repeats, cudaStream_t stream, cudaStream_t recorder, Buffer fault);
   void Check(cudaError_t error, std::string_view what);
+  void NotifyIfDead() const;
   cudaGraphExec_t RecordGraph(const std::function<void()>& queue);
 
   const int device_;

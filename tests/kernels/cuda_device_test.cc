@@ -3,6 +3,7 @@
 
 #include "tests/kernels/cuda_device.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <future>
@@ -13,9 +14,17 @@
 
 #include "gmock/gmock.h"
 #include "kernels/cuda/gather.h"
+#include "kernels/cuda/stream.h"
 #include "tests/kernels/kernel_rig.h"
 
 namespace spillway {
+
+#ifdef SPILLWAY_CUDA_EMULATED
+namespace emulation {
+void HoldCallbacks(bool holds);  // cuda_emulated_runtime.cc
+}
+#endif
+
 namespace {
 
 std::vector<std::byte> RandomBytes(Random& random, std::size_t size) {
@@ -115,6 +124,47 @@ TEST(CudaStreamTest, TheFirstErrorSticksAndNotificationsStillCome) {
   notified.get_future().wait();
   dependent->Wait(stream->Record());
   EXPECT_EQ(dependent->status(), status);
+}
+
+// Keeps a stream busy until it is released.
+class BusyStream {
+ public:
+  explicit BusyStream([[maybe_unused]] Stream& stream) {
+#ifdef SPILLWAY_CUDA_EMULATED
+    emulation::HoldCallbacks(true);
+#else
+    stream.Notify([this] { released_.get_future().wait(); });
+#endif
+  }
+  void Release() {
+#ifdef SPILLWAY_CUDA_EMULATED
+    emulation::HoldCallbacks(false);
+#else
+    released_.set_value();
+#endif
+  }
+
+ private:
+  std::promise<void> released_;
+};
+
+TEST(CudaStreamTest, ARefusedCallEndsNoWaitForTheWorkBeforeIt) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  BusyStream busy(*stream);
+  std::atomic<int> num_reached = 0;
+  std::promise<void> last;
+  stream->Notify([&] { ++num_reached; });
+  static_cast<cuda::CudaStream&>(*stream).Queue("refused", [](cudaStream_t) { return cudaErrorInvalidValue; });
+  EXPECT_FALSE(stream->status().ok());
+  stream->Notify([&] {
+    ++num_reached;
+    last.set_value();
+  });
+  EXPECT_EQ(num_reached, 0) << "the stream is still busy with what was queued before";
+  busy.Release();
+  last.get_future().wait();
+  EXPECT_EQ(num_reached, 2);
 }
 
 // What `gate_up` holds goes to `to`, by way of another stream.

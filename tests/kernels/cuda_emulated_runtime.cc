@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <set>
+#include <utility>
 #include <vector>
 
 // The handles that CUDA leaves opaque.
@@ -38,9 +39,14 @@ cudaError_t Queue(cudaStream_t stream, std::function<cudaError_t()> work) {
   return cudaSuccess;
 }
 
+void HoldCallbacks(bool holds);
+
 }  // namespace spillway::emulation
 
 namespace {
+
+std::vector<std::function<void()>> held_callbacks;
+bool holds_callbacks = false;
 
 constexpr std::size_t kTotalBytes = std::size_t{4} << 30;
 int num_recordings = 0;
@@ -54,6 +60,13 @@ cudaError_t Allocate(void** memory, std::size_t size_bytes) {
 }
 
 }  // namespace
+
+// As if the device were busy with what was queued before a callback; then they run.
+void spillway::emulation::HoldCallbacks(bool holds) {
+  holds_callbacks = holds;
+  if (holds) return;
+  for (const auto& callback : std::exchange(held_callbacks, {})) callback();
+}
 
 extern "C" {
 
@@ -87,6 +100,10 @@ cudaError_t cudaMemset(void* memory, int value, std::size_t size_bytes) {
   std::memset(memory, value, size_bytes);
   return cudaSuccess;
 }
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t size_bytes, cudaMemcpyKind /*kind*/) {
+  std::memcpy(to, from, size_bytes);
+  return cudaSuccess;
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size_bytes, cudaMemcpyKind /*kind*/,
                             cudaStream_t stream) {
   return spillway::emulation::Queue(stream, [=] {
@@ -111,7 +128,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return stream->recording == nullptr ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+  if (stream->recording != nullptr) return cudaErrorStreamCaptureUnsupported;
+  return held_callbacks.empty() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cudaStreamQuery(stream); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
@@ -173,7 +191,11 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
   if (stream->recording != nullptr) return cudaErrorStreamCaptureUnsupported;
-  function(data);
+  if (holds_callbacks) {
+    held_callbacks.emplace_back([=] { function(data); });
+  } else {
+    function(data);
+  }
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
