@@ -1,6 +1,7 @@
-// engine_bench --folder FOLDER [--device cuda|cpu] [--layers N] [--json FILE] [--commit NAME]: the engine end to end on
-// a seeded random model of Llama-3-8B's shape, which is written to FOLDER first if that has none: prefill, decoding
-// with and without CUDA graphs, and sessions that come back from the host tier. --layers makes it a smaller one,
+// engine_bench --folder FOLDER [--device cuda|cpu] [--layers N] [--json FILE] [--commit NAME] [--machine TEXT]: the
+// engine end to end on a seeded random model of Llama-3-8B's shape, which is written to FOLDER first if that has none:
+// prefill, decoding with and without CUDA graphs, and sessions that come back from the host tier. --layers makes it a
+// smaller one,
 // --device cpu runs it where there is no GPU; neither gives numbers worth keeping.
 
 #include <algorithm>
@@ -28,6 +29,7 @@ struct Arguments {
   std::string folder;
   std::string json;
   std::string commit = "unknown";
+  std::string machine = "unknown";
   std::string device = "cuda";
   LlamaShape shape;
 };
@@ -250,7 +252,7 @@ int Main(const Arguments& arguments) {
     EngineBench bench(arguments, /*enforce_eager=*/true, results);
     for (const auto& [batch, context] : {std::pair{1, 1024}, {16, 1024}}) bench.Decode(batch, context, 48);
   }
-  if (!arguments.json.empty()) results.WriteJson(arguments.json, description, arguments.commit);
+  if (!arguments.json.empty()) results.WriteJson(arguments.json, {description, arguments.commit, arguments.machine});
   return 0;
 }
 
@@ -265,12 +267,14 @@ int main(int argc, char** argv) {
     if (name == "--folder") arguments.folder = value;
     if (name == "--json") arguments.json = value;
     if (name == "--commit") arguments.commit = value;
+    if (name == "--machine") arguments.machine = value;
     if (name == "--device") arguments.device = value;
     if (name == "--layers") arguments.shape.layers = std::atoi(value);
   }
   if (arguments.folder.empty()) {
     std::fprintf(stderr,
-                 "engine_bench --folder FOLDER [--device cuda|cpu] [--layers N] [--json FILE] [--commit NAME]\n");
+                 "engine_bench --folder FOLDER [--device cuda|cpu] [--layers N] [--json FILE] [--commit NAME] "
+                 "[--machine TEXT]\n");
     return 1;
   }
   return spillway::bench::Main(arguments);

@@ -1,5 +1,6 @@
-// gpu_bench [--json FILE] [--commit NAME] [--batch-invariant]: the cuda device's speeds against what the machine can
-// do. The limits are measured first: memory bandwidth by a device-to-device copy, the link by pinned copies of 64 MiB.
+// gpu_bench [--json FILE] [--commit NAME] [--machine TEXT] [--batch-invariant]: the cuda device's speeds against what
+// the machine can do. The limits are measured first: memory bandwidth by a device-to-device copy, the link by pinned
+// copies of 64 MiB.
 
 #include <cstdio>
 #include <cstring>
@@ -34,7 +35,6 @@ void RunCopyBench(Bench& bench) {
   const Buffer device = bench.RandomBF16(MemoryKind::kDevice, 2 * kTotal);
   const auto other = bench.device().NewStream().value();
   const auto both_ways = [&](std::size_t span, bool up, bool down) {
-    bench.Time([](int) {});
     return bench.Time([&](int) {
       if (up && down) other->Wait(bench.stream().Record());
       for (std::size_t at = 0; at < kTotal; at += span) {
@@ -94,50 +94,6 @@ void RunGatherBench(Bench& bench) {
   }
 }
 
-void RunGemmBench(Bench& bench) {
-  struct Shape {
-    const char* name;
-    std::int64_t columns;
-    std::int64_t depth;
-  };
-  // Llama-3-8B: fused qkv, output, gate-up, down, head.
-  for (const Shape shape : {Shape{"qkv", 6144, 4096},
-                            {"output", 4096, 4096},
-                            {"gate_up", 28672, 4096},
-                            {"down", 4096, 14336},
-                            {"head", 128256, 4096}}) {
-    const auto bytes = static_cast<std::size_t>(shape.columns * shape.depth) * 2;
-    const Buffer host = bench.RandomBF16(MemoryKind::kPinnedHost, bytes);
-    // Three copies in turn, so that L2 keeps none.
-    std::vector<std::unique_ptr<PackedMatrix>> weights;
-    for (int i = 0; i < 3; ++i) {
-      const MatrixView view = {host.get(), DType::kBF16, shape.columns, shape.depth, shape.depth};
-      weights.push_back(bench.kernels().Pack({&view, 1}).value());
-    }
-    for (const std::int64_t num_rows : {1, 16, 64, 512, 4096}) {
-      if (num_rows > 512 && shape.columns > 100000) continue;
-      const Buffer a = bench.RandomBF16(MemoryKind::kDevice, static_cast<std::size_t>(num_rows * shape.depth) * 2);
-      const Buffer out = bench.Allocate(MemoryKind::kDevice, static_cast<std::size_t>(num_rows * shape.columns) * 4);
-      const Measured time = bench.Time([&](int run) {
-        GemmArgs args;
-        args.a = a.get();
-        args.a_dtype = DType::kBF16;
-        args.num_rows = num_rows;
-        args.weight = weights[static_cast<std::size_t>(run % 3)].get();
-        args.out = reinterpret_cast<float*>(out.get());
-        bench.kernels().Gemm(bench.stream(), args);
-      });
-      const std::string what = std::string(shape.name) + ", " + std::to_string(num_rows) + " rows";
-      const double flops = 2.0 * static_cast<double>(num_rows * shape.columns * shape.depth);
-      bench.Report({"gemm", what, time, flops / time.median_us * 1e-6, "TFLOP/s", 0});
-      if (num_rows <= 16) {
-        bench.Report(
-            {"gemm", what + ", of its weights", time, Gbps(static_cast<double>(bytes), time), "GB/s", bench.hbm_gbps});
-      }
-    }
-  }
-}
-
 // What a launch costs one by one and replayed from a graph: the gain waiting for a captured decode step.
 void RunLaunchBench(Bench& bench) {
   constexpr int kLaunches = 300;  // about a decode step of 32 layers
@@ -165,16 +121,19 @@ void RunLaunchBench(Bench& bench) {
 int main(int argc, char** argv) {
   std::string json;
   std::string commit = "unknown";
+  std::string machine = "unknown";
   bool batch_invariant = false;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
       json = argv[++i];
     } else if (std::strcmp(argv[i], "--commit") == 0 && i + 1 < argc) {
       commit = argv[++i];
+    } else if (std::strcmp(argv[i], "--machine") == 0 && i + 1 < argc) {
+      machine = argv[++i];
     } else if (std::strcmp(argv[i], "--batch-invariant") == 0) {
       batch_invariant = true;
     } else {
-      std::fprintf(stderr, "gpu_bench [--json FILE] [--commit NAME] [--batch-invariant]\n");
+      std::fprintf(stderr, "gpu_bench [--json FILE] [--commit NAME] [--machine TEXT] [--batch-invariant]\n");
       return 1;
     }
   }
@@ -184,6 +143,6 @@ int main(int argc, char** argv) {
   spillway::bench::RunGatherBench(bench);
   spillway::bench::RunAttentionBench(bench);
   spillway::bench::RunGemmBench(bench);
-  if (!json.empty()) bench.WriteJson(json, commit);
+  if (!json.empty()) bench.WriteJson(json, commit, machine);
   return 0;
 }

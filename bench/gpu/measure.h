@@ -49,8 +49,8 @@ class Bench {
   void Report(Row row) { results_.Report(std::move(row)); }
   double hbm_gbps = 0;     // bytes read plus written, measured by the copy section
   double pinned_gbps = 0;  // host to device, large spans
-  void WriteJson(const std::string& path, const std::string& commit) const {
-    results_.WriteJson(path, device_->description(), commit);
+  void WriteJson(const std::string& path, const std::string& commit, const std::string& machine) const {
+    results_.WriteJson(path, {device_->description(), commit, machine});
   }
 
  private:
@@ -63,5 +63,6 @@ class Bench {
 };
 
 void RunAttentionBench(Bench& bench);
+void RunGemmBench(Bench& bench);
 
 }  // namespace spillway::bench

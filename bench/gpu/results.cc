@@ -18,7 +18,7 @@ void Results::Report(Row row) {
   rows_.push_back(std::move(row));
 }
 
-void Results::WriteJson(const std::string& path, const std::string& description, const std::string& commit) const {
+void Results::WriteJson(const std::string& path, const Provenance& of) const {
   nlohmann::json rows = nlohmann::json::array();
   for (const Row& row : rows_) {
     rows.push_back({{"section", row.section},
@@ -30,7 +30,8 @@ void Results::WriteJson(const std::string& path, const std::string& description,
                     {"limit", row.limit}});
   }
   std::ofstream file(path);
-  file << nlohmann::json{{"device", description}, {"commit", commit}, {"rows", rows}}.dump(1) << "\n";
+  file << nlohmann::json{{"device", of.device}, {"commit", of.commit}, {"machine", of.machine}, {"rows", rows}}.dump(1)
+       << "\n";
   SPILLWAY_CHECK(file.good()) << "cannot write " << path;
 }
 

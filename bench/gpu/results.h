@@ -22,10 +22,17 @@ struct Row {
   double limit = 0;  // in the same unit; 0: none
 };
 
+// Of what, and where.
+struct Provenance {
+  std::string device;
+  std::string commit;
+  std::string machine;  // GPU, driver, link
+};
+
 class Results {
  public:
   void Report(Row row);  // prints it
-  void WriteJson(const std::string& path, const std::string& description, const std::string& commit) const;
+  void WriteJson(const std::string& path, const Provenance& of) const;
 
  private:
   std::vector<Row> rows_;

@@ -12,7 +12,7 @@ find_package(Threads REQUIRED)
 file(GLOB absl_archives ${SPILLWAY_CARRIED}/lib/libabsl_*.a)
 # The archives refer to each other in circles; the linker takes from them what is used.
 carried_target(carried_absl LINK -Wl,--start-group ${absl_archives} -Wl,--end-group)
-foreach(part IN ITEMS base bits cleanup core_headers flat_hash_map flat_hash_set function_ref hash node_hash_map random_random
+foreach(part IN ITEMS base bits btree cleanup core_headers flat_hash_map flat_hash_set function_ref hash node_hash_map random_random
                       span status statusor str_format strings synchronization time)
   carried_target(absl::${part} LINK carried_absl)
 endforeach()
