@@ -14,17 +14,23 @@ ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
 endif
 
-.PHONY: help serve test build bench bench-papers lint format clean
+.PHONY: help serve test test-aarch64 build bench bench-papers lint format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: program ## build and serve: make serve [MODEL=<folder or Hub id>] [ARGS="--port 8080"]
 	@exec $(BUILD)/spillway serve $(MODEL) $(ARGS)
 
 test: build ## build everything and run every test
 	@ctest --preset $(PRESET) -j$(JOBS)
+
+test-aarch64: ## the kernels' suite for aarch64: cross-compiled, under qemu-user
+	@tests/aarch64/fetch_packages.sh build/aarch64-packages
+	@cmake -S tests/aarch64 -B build/aarch64 -G Ninja -DSPILLWAY_AARCH64_PACKAGES=$(CURDIR)/build/aarch64-packages >/dev/null
+	@cmake --build build/aarch64 -j$(JOBS)
+	@ctest --test-dir build/aarch64 --output-on-failure -j$(JOBS)
 
 build: configure ## the program, the tests: make build [PRESET=release|asan|tsan]
 	@cmake --build --preset $(PRESET) -j$(JOBS)

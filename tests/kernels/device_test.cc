@@ -43,8 +43,9 @@ TEST(DeviceTest, RefusesBadOptions) {
   options.target = "sse";
   const absl::Status status = MakeCpuDevice(options).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_NE(status.message().find("reference"), absl::string_view::npos) << status;
-  EXPECT_NE(status.message().find("scalar"), absl::string_view::npos) << status;
+  for (const std::string& target : AllTargets()) {
+    EXPECT_NE(status.message().find(target), absl::string_view::npos) << status;
+  }
   options.target = "auto";
   options.gemm = "blas";
   EXPECT_EQ(MakeCpuDevice(options).status().code(), absl::StatusCode::kInvalidArgument);

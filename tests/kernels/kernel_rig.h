@@ -102,6 +102,12 @@ class Random {
   std::int64_t Below(std::int64_t bound) {
     return static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(bound));
   }
+  // Of [-scale, scale), the same on every machine: what the hash of their results is compared with is a constant.
+  std::vector<float> Uniforms(std::size_t size, float scale = 1) {
+    std::vector<float> values(size);
+    for (float& value : values) value = scale * (2 * Uniform() - 1);
+    return values;
+  }
   float Uniform() { return static_cast<float>(engine_() >> 40) * 0x1p-24F; }
   std::mt19937_64& engine() { return engine_; }
 
