@@ -3,22 +3,22 @@
 //
 //   model_bench --write FOLDER     writes the model, with a tokenizer, for the below, `spillway serve` and peers
 //   model_bench --model FOLDER [--json FILE] [--quantization none | int8] [--target auto] [--gemm auto]
+//               [--only decode-1 | prefill-512 | prefill-4096 | decode-16 | decode-32]
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <vector>
 
+#include "bench/engine_load.h"
 #include "bench/machine_limits.h"
 #include "engine/engine.h"
 #include "engine/model.h"
@@ -73,27 +73,6 @@ class StepSums : public EngineObserver {
 
   std::map<std::int32_t, std::vector<double>> decode_seconds;  // by number of sequences
   double prefill_seconds = 0;
-};
-
-class Sink : public TokenSink {
- public:
-  void OnScheduled(std::int32_t) override {}
-  void OnToken(const SampledToken&) override {}
-  void OnFinish(const Finish&) override {
-    const std::lock_guard lock(mutex_);
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  void OnError(const absl::Status& status) override { SPILLWAY_CHECK(false) << status; }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
 };
 
 class ModelBench {
@@ -228,23 +207,7 @@ class ModelBench {
   }
 
   void RunOnce(int num_sequences, std::int32_t prompt, std::int32_t output) {
-    std::vector<std::shared_ptr<Sink>> sinks;
-    std::vector<SequenceRequest> requests;
-    for (int s = 0; s < num_sequences; ++s) {
-      sinks.push_back(std::make_shared<Sink>());
-      SequenceRequest request;
-      request.id = ++last_id_;
-      for (std::int32_t i = 0; i < prompt; ++i) {
-        request.prompt.push_back((i * 7919 + static_cast<std::int32_t>(last_id_) * 104729) % 30000);
-      }
-      request.sampling.temperature = 0;
-      request.sampling.max_tokens = output;
-      request.sampling.ignore_eos = true;
-      request.sink = sinks.back();
-      requests.push_back(std::move(request));
-    }
-    SPILLWAY_CHECK(engine_->Submit(std::move(requests)).ok());
-    for (const auto& sink : sinks) sink->Await();
+    GenerateTogether(*engine_, num_sequences, prompt, output, last_id_);
   }
 
   void Report(const std::string& name, double value, const char* unit, double percent, const char* of) {
@@ -270,6 +233,7 @@ int Main(int argc, char** argv) {
   Quantization quantization = Quantization::kNone;
   std::string json;
   std::string folder;
+  std::string only;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string flag = argv[i];
     if (flag == "--json") json = argv[i + 1];
@@ -283,14 +247,16 @@ int Main(int argc, char** argv) {
       return 0;
     }
     if (flag == "--model") folder = argv[i + 1];
+    if (flag == "--only") only = argv[i + 1];
   }
   SPILLWAY_CHECK(!folder.empty()) << "--model FOLDER or --write FOLDER";
   ModelBench bench(folder, options, quantization);
-  bench.Decode(1, 32, 64);
-  bench.Prefill(512);
-  bench.Prefill(4096);
-  bench.Decode(16, 32, 256);
-  bench.Decode(32, 32, 256);
+  const auto wants = [&](std::string_view name) { return only.empty() || only == name; };
+  if (wants("decode-1")) bench.Decode(1, 32, 256);
+  if (wants("prefill-512")) bench.Prefill(512);
+  if (wants("prefill-4096")) bench.Prefill(4096);
+  if (wants("decode-16")) bench.Decode(16, 32, 256);
+  if (wants("decode-32")) bench.Decode(32, 32, 256);
   if (!json.empty()) std::ofstream(json) << bench.json().dump(1) << "\n";
   return 0;
 }

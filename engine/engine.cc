@@ -1,5 +1,7 @@
 #include "engine/engine.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -170,7 +172,10 @@ absl::Status ThreadedEngine::Start(Device& device) {
                          .load_choice = options_.load_choice},
       observer_, &*cost_model_);
   Beat();
-  thread_ = std::thread([this] { Loop(); });
+  thread_ = std::thread([this] {
+    pthread_setname_np(pthread_self(), "engine");
+    Loop();
+  });
   return absl::OkStatus();
 }
 
@@ -373,6 +378,7 @@ bool ThreadedEngine::RunStep() {
   const StepWork work = WorkOf(plan);
   const double launched = Now();
   runner_->Launch(plan, store_->view(), [this] { mailbox_.StepDone(); });
+  const double queued = Now();
   if (!mailbox_.AwaitStep(absl::ToChronoNanoseconds(options_.stall_timeout))) {
     Fail(absl::UnavailableError(
         absl::StrCat("the device has not finished a step within ", absl::FormatDuration(options_.stall_timeout))));
@@ -382,12 +388,17 @@ bool ThreadedEngine::RunStep() {
     Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", status.message())));
     return false;
   }
-  const double step_seconds = Now() - launched;
+  const double done = Now();
+  const double step_seconds = done - launched;
   cost_model_->OnStep(work, step_seconds);
   compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + step_seconds, std::memory_order_relaxed);
   Digest(plan);
   if (observer_ != nullptr) {
-    observer_->OnStep({.seconds = Now() - begin,
+    const double digested = Now();
+    observer_->OnStep({.seconds = digested - begin,
+                       .plan_seconds = launched - begin,
+                       .launch_seconds = queued - launched,
+                       .digest_seconds = digested - done,
                        .num_tokens = plan.num_tokens,
                        .num_prefill_tokens = plan.num_prefill_tokens,
                        .num_generated = static_cast<std::int32_t>(runner_->results().size()),

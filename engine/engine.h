@@ -54,6 +54,9 @@ struct EngineOptions {
 // One step, reported on the engine thread.
 struct StepReport {
   double seconds = 0;
+  double plan_seconds = 0;      // of these: until the step was planned,
+  double launch_seconds = 0;    // to lay out its metadata and queue its work,
+  double digest_seconds = 0;    // and after its results were back
   std::int32_t num_tokens = 0;  // rows computed
   std::int32_t num_prefill_tokens = 0;
   std::int32_t num_generated = 0;

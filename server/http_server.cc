@@ -1,5 +1,7 @@
 #include "server/http_server.h"
 
+#include <pthread.h>
+
 #include <array>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
@@ -320,7 +322,10 @@ class AsioHttpServer : public HttpServer {
     if (error) return failed("listen on", error);
     port_ = acceptor_.local_endpoint(error).port();
     Accept();
-    thread_ = std::thread([this] { hub_.io.run(); });
+    thread_ = std::thread([this] {
+      pthread_setname_np(pthread_self(), "http");
+      hub_.io.run();
+    });
     return absl::OkStatus();
   }
 

@@ -1,5 +1,7 @@
 #include "server/service.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -24,7 +26,12 @@ namespace {
 class WorkPool {
  public:
   explicit WorkPool(int num_threads) {
-    for (int i = 0; i < std::max(num_threads, 1); ++i) threads_.emplace_back([this] { Run(); });
+    for (int i = 0; i < std::max(num_threads, 1); ++i) {
+      threads_.emplace_back([this] {
+        pthread_setname_np(pthread_self(), "service");
+        Run();
+      });
+    }
   }
   ~WorkPool() {
     {
