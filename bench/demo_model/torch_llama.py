@@ -140,12 +140,13 @@ class Guide:
 
 
 def guide_loss(query: Tensor, key: Tensor, guide: Guide) -> Tensor:
-    """Cross entropy of a head's weights; `query` and `key` are [sequences, positions, head_dim] of it."""
+    """Cross entropy of a head's weights, 0 without targets; `query` and `key` are [sequences, positions, head_dim] of it."""
     chosen = query.gather(1, guide.rows[..., None].expand(-1, -1, query.shape[2]))
     logits = (chosen @ key.transpose(1, 2)).float() * query.shape[2] ** -0.5
     future = torch.arange(key.shape[1], device=key.device) > guide.rows[..., None]
     logits = logits.masked_fill(future, float("-inf"))
-    return F.cross_entropy(logits.flatten(0, 1), guide.targets.flatten(), ignore_index=-1)
+    losses = F.cross_entropy(logits.flatten(0, 1), guide.targets.flatten(), ignore_index=-1, reduction="sum")
+    return losses / (guide.targets >= 0).sum().clamp(min=1)
 
 
 class Attention(nn.Module):

@@ -32,7 +32,7 @@ from torch_llama import Guide, Shape, TorchLlama
 from training_data import ANSWER_WEIGHT, CURRICULUM, Batch, BatchStream, Plan
 
 WARMUP_STEPS = 50
-DECAY_STEPS = 125
+DECAY_STEPS = 250
 TEXT_SHARE = 0.1  # of tokens outside answers that the loss is taken over
 PREVIOUS_ROWS = 32  # of a sequence, where the heads that look one and two back are taught
 LOG_EVERY = 20

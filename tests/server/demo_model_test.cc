@@ -34,9 +34,8 @@ class DemoModel : public ::testing::Test {
     host_ = nullptr;
   }
 
-  // Two documents of about 1,000 tokens that were never trained on, with 20 questions each. Chosen among three seeds as
-  // one that the model answers well: a guard against regressions, not a sample of its accuracy. By
-  //   bench/demo_model/documents.py --style varied --tokenizer deploy/demo_model --tokens 936 --documents 2 --seed 78
+  // Two documents of about 2,000 tokens that were never trained on, with 20 questions each. By
+  //   bench/demo_model/documents.py --style varied --tokenizer deploy/demo_model --tokens 1936 --documents 2 --seed 5
   static std::vector<json> Documents() {
     std::ifstream file(SPILLWAY_SOURCE_DIR "/tests/server/demo_model_documents.jsonl");
     std::vector<json> documents;
