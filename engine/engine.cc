@@ -49,7 +49,7 @@ class ThreadedEngine : public Engine {
   bool ResetPrefixCache() override;
 
  private:
-  std::uint32_t MaxHomeBlocks(const Device& device, const HostTier& host, std::uint32_t num_blocks);
+  std::uint32_t MaxHomeBlocks(const HostTier& host, std::uint32_t num_blocks);
   void Loop();
   bool HandleMail();  // false: stop
   bool RunStep();     // false: the engine has failed
@@ -98,12 +98,10 @@ class ThreadedEngine : public Engine {
 };
 
 // Host slots that sequences may call home; where that is none, why.
-std::uint32_t ThreadedEngine::MaxHomeBlocks(const Device& device, const HostTier& host, std::uint32_t num_blocks) {
+std::uint32_t ThreadedEngine::MaxHomeBlocks(const HostTier& host, std::uint32_t num_blocks) {
   const auto share = host.num_blocks() / static_cast<std::uint32_t>(options_.num_engines);
   if (share < static_cast<std::uint32_t>(kSegmentBlocks)) {
     no_home_ = "no host tier to hold more";
-  } else if (device.host_kv() == HostKv::kNone) {
-    no_home_ = absl::StrCat("no way on ", device.description(), " for attention to read the host tier");
   } else if (num_blocks < HomeKeeper::kMinDeviceBlocks) {
     no_home_ = absl::StrCat("fewer than the ", HomeKeeper::kMinDeviceBlocks,
                             " blocks on the device that it takes to hold more in the host tier");
@@ -111,6 +109,11 @@ std::uint32_t ThreadedEngine::MaxHomeBlocks(const Device& device, const HostTier
     return share / kSegmentBlocks * kSegmentBlocks;
   }
   return 0;
+}
+
+HomeReader::Path HomePath(HostKv host_kv, bool must_stage) {
+  if (must_stage) return HomeReader::Path::kStaged;
+  return host_kv == HostKv::kInPlace ? HomeReader::Path::kInPlace : HomeReader::Path::kByRows;
 }
 
 absl::Status ThreadedEngine::Start(Device& device) {
@@ -132,7 +135,7 @@ absl::Status ThreadedEngine::Start(Device& device) {
         absl::StrCat("num_engines must be at least 1; staging_blocks a multiple of ", kSegmentBlocks));
   }
   HostTier& host = options_.host_tier != nullptr ? *options_.host_tier : *null_host_;
-  const std::uint32_t max_home_blocks = MaxHomeBlocks(device, host, static_cast<std::uint32_t>(num_blocks));
+  const std::uint32_t max_home_blocks = MaxHomeBlocks(host, static_cast<std::uint32_t>(num_blocks));
   const KvStoreOptions store_options{
       .layout = layout,
       .num_blocks = static_cast<std::uint32_t>(num_blocks),
@@ -149,10 +152,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
       .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
   std::unique_ptr<HomeReader> home_reader;
   if (max_home_blocks > 0) {
-    const bool is_paced = options_.link_bytes_per_second > 0;
-    const bool in_place = device.host_kv() == HostKv::kInPlace && !is_paced && !options_.stages_always;
-    ASSIGN_OR_RETURN(home_reader, HomeReader::Make(device, {.path = in_place ? HomeReader::Path::kInPlace
-                                                                             : HomeReader::Path::kStaged,
+    const bool must_stage = options_.link_bytes_per_second > 0 || options_.stages_always;
+    ASSIGN_OR_RETURN(home_reader, HomeReader::Make(device, {.path = HomePath(device.host_kv(), must_stage),
                                                             .home = store_->home_view(),
                                                             .link = store_->link(),
                                                             .num_heads = model_->config().num_heads,

@@ -43,8 +43,8 @@ HomeReader::Layout HomeReader::LayOut(Arena& arena, const Counts& counts) {
 }
 
 // Every pass but the last is full, since buffers and home prefixes are whole segments.
-std::size_t HomeReader::PassesOver(std::size_t num_blocks) const {
-  if (options_.path == Path::kInPlace) return num_blocks > 0 ? 1 : 0;
+std::size_t HomeReader::PassesOver(std::size_t num_blocks, bool in_place) const {
+  if (in_place) return num_blocks > 0 ? 1 : 0;
   const auto per_pass = static_cast<std::size_t>(options_.staging_blocks);
   return (num_blocks + per_pass - 1) / per_pass;
 }
@@ -52,18 +52,26 @@ std::size_t HomeReader::PassesOver(std::size_t num_blocks) const {
 HomeReader::Counts HomeReader::CountsOf(std::span<const PlannedSequence> streamed) const {
   Counts counts{.sequences = streamed.size()};
   for (const PlannedSequence& planned : streamed) counts.blocks += static_cast<std::size_t>(planned.sequence->num_home);
-  counts.passes = PassesOver(counts.blocks);
+  counts.passes = PassesOver(counts.blocks, ReadsInPlace(streamed));
   return counts;
+}
+
+bool HomeReader::ReadsInPlace(std::span<const PlannedSequence> streamed) const {
+  if (options_.path != Path::kByRows) return options_.path == Path::kInPlace;
+  return std::ranges::all_of(streamed,
+                             [](const PlannedSequence& planned) { return planned.sequence->num_planned == 1; });
 }
 
 HomeReader::Counts HomeReader::MaxCounts(std::size_t max_sequences) const {
   const auto blocks = static_cast<std::size_t>(options_.max_home_blocks);
-  return {
-      .sequences = std::min(max_sequences, blocks / kSegmentBlocks), .passes = PassesOver(blocks), .blocks = blocks};
+  return {.sequences = std::min(max_sequences, blocks / kSegmentBlocks),
+          .passes = PassesOver(blocks, options_.path == Path::kInPlace),
+          .blocks = blocks};
 }
 
 void HomeReader::Fill(std::span<const PlannedSequence> streamed, const Layout& host) {
   counts_ = CountsOf(streamed);
+  in_place_ = ReadsInPlace(streamed);
   sources_.clear();
   std::vector<std::int32_t> num_read(streamed.size(), 0);
   std::int32_t* key_begin = host.key_begin;
@@ -76,13 +84,13 @@ void HomeReader::Fill(std::span<const PlannedSequence> streamed, const Layout& h
     for (std::size_t s = 0; s < streamed.size(); ++s) {
       const Sequence& sequence = *streamed[s].sequence;
       std::int32_t count = sequence.num_home - num_read[s];
-      if (options_.path == Path::kStaged) {
+      if (!in_place_) {
         count = std::min(count, static_cast<std::int32_t>(options_.staging_blocks) - (next - first));
       }
       *key_begin++ = num_read[s] * kBlockTokens;
       for (std::int32_t i = 0; i < count; ++i, ++next, ++num_read[s]) {
         const HostSlot& slot = sequence.home[static_cast<std::size_t>(num_read[s])]->slot();
-        host.block_table[next] = options_.path == Path::kInPlace ? static_cast<std::int32_t>(slot.id()) : next - first;
+        host.block_table[next] = in_place_ ? static_cast<std::int32_t>(slot.id()) : next - first;
         sources_.push_back(slot.bytes());
       }
       *key_end++ = num_read[s] * kBlockTokens;
@@ -125,7 +133,7 @@ void HomeReader::Attend(Stream& stream, const Layout& device, const AttentionArg
     part.key_end = device.key_end + pass * counts_.sequences;
     part.block_begin = device.block_begin + pass * (counts_.sequences + 1);
     part.block_table = device.block_table;
-    if (options_.path == Path::kInPlace) {
+    if (in_place_) {
       part.kv = options_.home;
       device_.kernels().Attention(stream, part);
     } else {

@@ -25,7 +25,8 @@ namespace spillway {
 
 class HomeReader {
  public:
-  enum class Path : std::uint8_t { kInPlace, kStaged };
+  // kByRows: in place where every streamed sequence computes one token, else staged.
+  enum class Path : std::uint8_t { kInPlace, kStaged, kByRows };
 
   struct Options {
     Path path = Path::kInPlace;
@@ -70,7 +71,8 @@ class HomeReader {
 
  private:
   HomeReader(Device& device, const Options& options) : device_(device), options_(options) {}
-  std::size_t PassesOver(std::size_t num_blocks) const;
+  bool ReadsInPlace(std::span<const PlannedSequence> streamed) const;
+  std::size_t PassesOver(std::size_t num_blocks, bool in_place) const;
   KvView Stage(Stream& stream, std::size_t pass, int layer, std::size_t buffer);
 
   Device& device_;
@@ -78,6 +80,7 @@ class HomeReader {
   Buffer states_;
   Buffer staging_[2];
   Counts counts_;                          // of the step
+  bool in_place_ = false;                  // of the step
   std::vector<const std::byte*> sources_;  // the step's home blocks, pass by pass
   std::size_t next_buffer_ = 0;
   std::shared_ptr<Event> read_[2];  // when the last pass over each buffer is done

@@ -61,11 +61,10 @@ class Stream {
   virtual absl::Status status() const = 0;
 };
 
-// Whether attention can be made over KV in host memory, pass by pass.
+// How kernels read KV that is in pinned host memory, where it is.
 enum class HostKv : std::uint8_t {
-  kNone,     // it is not done on this device
-  kStaged,   // after a copy into device memory
-  kInPlace,  // kernels read it where it is, as fast as device memory
+  kByLink,   // at the link's speed: right where every key is read once, as by one new token
+  kInPlace,  // as fast as device memory
 };
 
 // Owned by main, outlives everything made from it. Any thread.

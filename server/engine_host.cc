@@ -276,9 +276,8 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
                                          ? static_cast<std::int64_t>(host.device().free_bytes() / 4 * 3)
                                          : DefaultKvCacheBytes(memory, weight_bytes) / num_engines;
   const auto block_bytes = static_cast<std::int64_t>(layout.block_bytes());
-  const bool exceeds = host.device().host_kv() != HostKv::kNone;
   const std::int64_t host_bytes = HostTierBytes(options.cache, memory, weight_bytes);
-  const std::int64_t home_blocks = exceeds ? host_bytes / block_bytes / num_engines : 0;
+  const std::int64_t home_blocks = host_bytes / block_bytes / num_engines;
   ASSIGN_OR_RETURN(const Capacity capacity,
                    PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
                                  .max_model_len = options.model.max_model_len,

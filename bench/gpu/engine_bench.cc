@@ -1,7 +1,7 @@
 // engine_bench --folder FOLDER [--device cuda|cpu] [--layers N] [--json FILE] [--commit NAME] [--machine TEXT]: the
 // engine end to end on a seeded random model of Llama-3-8B's shape, which is written to FOLDER first if that has none:
-// prefill, decoding with and without CUDA graphs, and sessions that come back from the host tier. --layers makes it a
-// smaller one,
+// prefill, decoding with and without CUDA graphs, sessions that come back from the host tier, and a sequence whose KV
+// stays there. --layers makes it a smaller one,
 // --device cpu runs it where there is no GPU; neither gives numbers worth keeping.
 
 #include <algorithm>
@@ -137,9 +137,7 @@ class EngineBench {
     }
     SPILLWAY_CHECK(times.size() > 4) << "no " << batch << " sequences decoded together";
     times.erase(times.begin(), times.begin() + 3);  // run as they are, recorded, warmed up
-    std::sort(times.begin(), times.end());
-    const Measured time = {times[times.size() / 2],
-                           (times[times.size() * 9 / 10] - times[times.size() / 10]) / times[times.size() / 2]};
+    const Measured time = Median(times);
     const std::string what = "decode, batch " + std::to_string(batch) + ", context " + std::to_string(context) + mode_;
     results_.Report({"engine", what, time, batch / time.median_us * 1e6, "tokens/s", 0});
     const double bytes = 2.0 * static_cast<double>(shape_.product_weights()) +
@@ -170,7 +168,35 @@ class EngineBench {
                      0});
   }
 
+  // One sequence of which the device holds 4,096 tokens at most.
+  void Beyond(std::int64_t context, std::int32_t num_tokens) {
+    Start(std::min<std::int64_t>(4096, context / 2), context + num_tokens + kSegmentTokens);
+    Run(1, context, num_tokens, 31);
+    std::vector<double> times;
+    double prefill_us = 0;
+    for (const StepReport& step : steps_.Take()) {
+      if (step.num_prefill_tokens > 0) {
+        prefill_us += step.seconds * 1e6;
+      } else if (step.num_generated == 1) {
+        times.push_back(step.seconds * 1e6);
+      }
+    }
+    SPILLWAY_CHECK(engine_->status().streamed_bytes > 0 && times.size() > 1) << "nothing was read at home";
+    const Measured time = Median(times);
+    const std::string of = ", batch 1, context " + std::to_string(context) + ", KV in host memory";
+    results_.Report(
+        {"engine", "prefill" + of, {prefill_us, 0}, static_cast<double>(context) / prefill_us * 1e6, "tokens/s", 0});
+    results_.Report({"engine", "decode" + of, time, 1 / time.median_us * 1e6, "tokens/s", 0});
+    const auto kv_bytes = static_cast<double>(context * shape_.kv_bytes_per_token());
+    results_.Report({"engine", "decode" + of + ", all KV", time, kv_bytes / time.median_us * 1e-3, "GB/s", 0});
+  }
+
  private:
+  static Measured Median(std::vector<double>& times) {
+    std::sort(times.begin(), times.end());
+    const double median = times[times.size() / 2];
+    return {median, (times[times.size() * 9 / 10] - times[times.size() / 10]) / median};
+  }
   static double Microseconds(std::chrono::steady_clock::time_point begin) {
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
   }
@@ -182,7 +208,7 @@ class EngineBench {
     const std::size_t block_bytes = model_->kv_layout().block_bytes();
     EngineOptions options;
     options.kv_cache_bytes = (device_tokens / kBlockTokens + 1) * static_cast<std::int64_t>(block_bytes);
-    options.max_model_len = static_cast<std::int32_t>(std::min(device_tokens, shape_.max_positions));
+    options.max_model_len = static_cast<std::int32_t>(std::min(device_tokens + host_tokens, shape_.max_positions));
     if (host_tokens > 0) {
       const auto num_blocks = static_cast<std::uint32_t>(host_tokens / kBlockTokens);
       absl::StatusOr<Buffer> slab = device_->Allocate(MemoryKind::kPinnedHost, num_blocks * block_bytes);
@@ -247,6 +273,7 @@ int Main(const Arguments& arguments) {
       if (is_cuda || batch * context <= 1024) bench.Decode(batch, context, 48);
     }
     bench.Return(is_cuda ? 16384 : 512);
+    bench.Beyond(is_cuda ? 32768 : 1280, is_cuda ? 33 : 5);
   }
   if (is_cuda) {
     EngineBench bench(arguments, /*enforce_eager=*/true, results);

@@ -1,10 +1,10 @@
 """What torch and transformers reach at the shapes of gpu_bench and engine_bench, in the same run: SDPA by back end, matmul, and
 generation with an offloaded KV cache.
 
-    peers.py [JSON [MODEL [GPU_BENCH_JSON]]]
+    peers.py [JSON [MODEL [OURS_JSON ...]]]
 
 Prints a table; JSON to the first argument. MODEL: the folder that engine_bench wrote; without it nothing is generated. With the JSON
-of gpu_bench, its share of torch's speed is printed where the shapes are the same."""
+of gpu_bench and engine_bench, their share of a peer's speed is printed where the shapes are the same."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def generate(folder, report):
     except ImportError as error:
         print(f"torch      generate: {error}")
         return
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
     for context in (1024, 32768):
         prompt = torch.randint(2, model.config.vocab_size, (1, context), device="cuda")
         for name, options in (("", {}), (", offloaded cache", {"cache_implementation": "offloaded"})):
@@ -54,14 +54,14 @@ def generate(folder, report):
             report(f"transformers decode, batch 1, context {context}{name}", us, 1e6 / us, "tokens/s")
 
 
-def compare(rows, path):
-    """Our rows of the same shapes, by torch's speed."""
-    ours = {(row["what"], row["unit"]): row["value"] for row in json.load(open(path))["rows"]}
+def compare(rows, paths):
+    """Our rows of the same shapes, by the peers' speed."""
+    ours = {(row["what"], row["unit"]): row["value"] for path in paths for row in json.load(open(path))["rows"]}
     for row in rows:
-        name = re.sub(r"^matmul |^sdpa \w+ ", "", row["what"])
+        name = re.sub(r"^matmul |^sdpa \w+ |^transformers ", "", row["what"]).replace("offloaded cache", "KV in host memory")
         value = ours.get((name, row["unit"]))
         if value is not None:
-            print(f"{'share':10} {name + ' of ' + row['what'].split()[0] + ' ' + row['what'].split()[1]:58} {value / row['value']:10.2f}")
+            print(f"{'share':10} {name + ' of ' + ' '.join(row['what'].split()[:2]):58} {value / row['value']:10.2f}")
 
 
 def main():
@@ -111,7 +111,7 @@ def main():
     if len(sys.argv) > 2:
         generate(sys.argv[2], report)
     if len(sys.argv) > 3:
-        compare(rows, sys.argv[3])
+        compare(rows, sys.argv[3:])
     if len(sys.argv) > 1:
         with open(sys.argv[1], "w") as file:
             json.dump({"torch": torch.__version__, "device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)

@@ -50,7 +50,7 @@ class CudaDevice final : public Device {
     const auto granule = static_cast<std::int64_t>(ceiling <= 8 ? ceiling : std::max<std::uint64_t>(ceiling / 16, 8));
     return (num_rows + granule - 1) / granule * granule;
   }
-  HostKv host_kv() const override { return HostKv::kNone; }
+  HostKv host_kv() const override { return HostKv::kByLink; }
   std::string description() const override { return description_; }
 
  private:

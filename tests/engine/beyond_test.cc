@@ -26,6 +26,11 @@
 #include "tests/support/engine_harness.h"
 #include "tests/support/wrapped_host_tier.h"
 
+// Another file may run these tests on another device.
+#ifndef SPILLWAY_BEYOND_HEAD_DIM
+#define SPILLWAY_BEYOND_HEAD_DIM 16
+#endif
+
 namespace spillway {
 namespace {
 
@@ -44,7 +49,7 @@ std::string MakeModel(const std::string& name, int max_positions) {
                                                       .inner = 96,
                                                       .heads = 4,
                                                       .kv_heads = 2,
-                                                      .head_dim = 16,
+                                                      .head_dim = SPILLWAY_BEYOND_HEAD_DIM,
                                                       .vocab = 288,
                                                       .max_positions = max_positions,
                                                       .dtype = DType::kBF16});

@@ -21,7 +21,7 @@ set(of_engine -*KvBytes*:PlantedFault*)
 if(SPILLWAY_CUDA)
   spillway_cuda_test(cuda_conformance_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_conformance_test.cc)
   spillway_cuda_test(cuda_device_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_device_test.cc)
-  foreach(name IN ITEMS golden identity tiers)
+  foreach(name IN ITEMS golden identity tiers beyond)
     spillway_cuda_test(cuda_${name}_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc
                        LIBS spillway_engine nlohmann_json::nlohmann_json FILTER ${of_engine})
   endforeach()
@@ -61,3 +61,4 @@ endfunction()
 # A few of minutes' worth.
 spillway_emulated_engine_test(golden *hf_auto)
 spillway_emulated_engine_test(tiers *pool12_chunk16_host400)
+spillway_emulated_engine_test(beyond *pool32_chunk512_host600_staging0)
