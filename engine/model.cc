@@ -35,7 +35,7 @@ void WriteFloat(std::byte* data, DType dtype, float value) {
   if (dtype == DType::kF32) {
     std::memcpy(data, &value, sizeof(value));
   } else {
-    const std::uint16_t bits = BF16FromFloat(value);
+    const std::uint16_t bits = dtype == DType::kBF16 ? BF16FromFloat(value) : F16FromFloat(value);
     std::memcpy(data, &bits, sizeof(bits));
   }
 }
@@ -373,7 +373,7 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& folder, DT
                                                    const std::function<void(std::size_t, std::size_t)>& progress) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(folder));
   ASSIGN_OR_RETURN(GenerationDefaults defaults, ReadGenerationDefaults(folder));
-  DType dtype = config.weight_dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
+  DType dtype = device.kernels().Computes(config.weight_dtype) ? config.weight_dtype : DType::kF32;
   if (choice == DTypeChoice::kFloat32) dtype = DType::kF32;
   if (choice == DTypeChoice::kBFloat16) dtype = DType::kBF16;
   auto model = std::make_unique<DenseDecoder>(device, std::move(config), std::move(defaults), dtype, quantization);

@@ -20,7 +20,7 @@ enum class DTypeChoice : std::uint8_t {
   kAuto,
   kFloat32,
   kBFloat16
-};  // kAuto: the checkpoint's; float16 runs as float32
+};  // kAuto: the checkpoint's; float16 runs as float32 where the device does not compute with it
 
 // kInt8: every matrix but the embedding is rounded to 8-bit integers as it is packed, one scale per output, and
 // activations by token as they are multiplied (kernels/int8.h). Activations between matrices and KV keep the dtype.

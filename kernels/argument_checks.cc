@@ -8,14 +8,10 @@
 
 namespace spillway {
 
-absl::StatusOr<std::int64_t> RowsToPack(std::span<const MatrixView> parts) {
+absl::StatusOr<std::int64_t> StackedRows(std::span<const MatrixView> parts) {
   if (parts.empty()) return absl::InvalidArgumentError("pack: no parts");
   std::int64_t rows = 0;
   for (const MatrixView& part : parts) {
-    if (part.dtype != DType::kF32 && part.dtype != DType::kBF16) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("pack: dtype ", std::string(NameOf(part.dtype)), " has no kernels, only float32 and bfloat16"));
-    }
     if (part.rows <= 0 || part.cols <= 0 || part.row_stride < part.cols || part.data == nullptr) {
       return absl::InvalidArgumentError(absl::StrCat("pack: a part of ", part.rows, " x ", part.cols,
                                                      " with row stride ", part.row_stride, " is no matrix"));
@@ -28,6 +24,14 @@ absl::StatusOr<std::int64_t> RowsToPack(std::span<const MatrixView> parts) {
     rows += part.rows;
   }
   return rows;
+}
+
+absl::StatusOr<std::int64_t> RowsToPack(std::span<const MatrixView> parts) {
+  if (!parts.empty() && parts[0].dtype != DType::kF32 && parts[0].dtype != DType::kBF16) {
+    return absl::InvalidArgumentError(absl::StrCat("pack: dtype ", std::string(NameOf(parts[0].dtype)),
+                                                   " has no kernels, only float32 and bfloat16"));
+  }
+  return StackedRows(parts);
 }
 
 absl::StatusOr<std::int64_t> RowsToPackInt8(std::span<const MatrixView> parts) {

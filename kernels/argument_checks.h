@@ -11,7 +11,10 @@
 
 namespace spillway {
 
-// The rows of the stacked matrix; INVALID_ARGUMENT unless the parts are F32 or BF16, alike, and not empty.
+// The rows of the stacked matrix; INVALID_ARGUMENT unless the parts are alike and not empty.
+absl::StatusOr<std::int64_t> StackedRows(std::span<const MatrixView> parts);
+
+// The same, and INVALID_ARGUMENT unless the parts are F32 or BF16.
 absl::StatusOr<std::int64_t> RowsToPack(std::span<const MatrixView> parts);
 
 // The same for PackInt8, which also bounds the columns.

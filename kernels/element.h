@@ -1,6 +1,6 @@
 #pragma once
 
-// One element of an array whose dtype is known at run time: F32 or BF16.
+// One element of an array whose dtype is known at run time.
 
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +18,7 @@ inline float LoadElement(const std::byte* array, DType dtype, std::int64_t index
   }
   std::uint16_t bits;
   std::memcpy(&bits, array + index * 2, sizeof(bits));
-  return FloatFromBF16(bits);
+  return dtype == DType::kBF16 ? FloatFromBF16(bits) : FloatFromF16(bits);
 }
 
 inline void StoreElement(std::byte* array, DType dtype, std::int64_t index, float value) {
@@ -26,7 +26,7 @@ inline void StoreElement(std::byte* array, DType dtype, std::int64_t index, floa
     std::memcpy(array + index * 4, &value, sizeof(value));
     return;
   }
-  const std::uint16_t bits = BF16FromFloat(value);
+  const std::uint16_t bits = dtype == DType::kBF16 ? BF16FromFloat(value) : F16FromFloat(value);
   std::memcpy(array + index * 2, &bits, sizeof(bits));
 }
 

@@ -71,7 +71,7 @@ enum class GemmOutput : std::uint8_t { kStore, kAdd };  // kAdd: out += product,
 // Accumulated in float. Bits of a row do not depend on num_rows.
 struct GemmArgs {
   const std::byte* a = nullptr;  // [num_rows, weight.cols] of a_dtype
-  DType a_dtype = DType::kF32;   // kF32 with an F32 weight, kBF16 with a BF16 weight, either with an INT8 one
+  DType a_dtype = DType::kF32;   // the weight's; F32 or BF16 with an INT8 one
   std::int64_t num_rows = 0;
   const PackedMatrix* weight = nullptr;
   const float* bias = nullptr;  // [weight.rows] or null
@@ -203,8 +203,11 @@ class Kernels {
  public:
   virtual ~Kernels() = default;
 
+  // Whether weights, activations and KV may have this dtype. F32 and BF16 always may.
+  virtual bool Computes(DType dtype) const { return dtype != DType::kF16; }
+
   // Start-up only, synchronous. Stacks `parts` by rows (fused QKV, gate-up): same dtype and cols.
-  // Dtypes: F32, BF16. The parts' memory is not needed afterwards.
+  // Dtypes: those that Computes() is true of. The parts' memory is not needed afterwards.
   virtual absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const = 0;
   // As Pack, rounded to 8-bit integers with one scale per row. Gemm rounds the activations likewise, by row; int8.h has
   // the arithmetic. UNIMPLEMENTED where a device has none.

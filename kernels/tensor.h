@@ -46,6 +46,24 @@ constexpr float FloatFromF16(std::uint16_t bits) {
   return sign != 0 ? -magnitude : magnitude;
 }
 
+// Round to nearest, ties to even; beyond the largest finite value an infinity; a NaN stays a (quiet) NaN.
+constexpr std::uint16_t F16FromFloat(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = bits >> 16 & 0x8000U;
+  const std::uint32_t magnitude = bits & 0x7fffffffU;
+  std::uint32_t half = 0;
+  if (magnitude > 0x7f800000U) {
+    half = 0x7e00U;
+  } else if (magnitude >= 0x477ff000U) {  // 65520
+    half = 0x7c00U;
+  } else if (magnitude < 0x38800000U) {  // subnormal: whole multiples of 2^-24, which is the last place of 0.5
+    half = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - 0x3f000000U;
+  } else {
+    half = (magnitude + 0xfffU + (magnitude >> 13 & 1U) - (112U << 23)) >> 13;
+  }
+  return static_cast<std::uint16_t>(sign | half);
+}
+
 // Row-major [rows, cols]; rows are row_stride elements apart. Host memory, owned by someone else.
 struct MatrixView {
   const std::byte* data = nullptr;

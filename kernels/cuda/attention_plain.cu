@@ -223,12 +223,18 @@ cudaError_t LaunchPlainAttention(const AttentionParams& params, cudaStream_t str
   const WorkRange range = {kRows, 1, kMaxRowsPerSequence, true};
   const auto num_ctas = static_cast<unsigned>(params.num_multiprocessors * kCtasPerMultiprocessor);
   const bool is_wide = params.kv.head_dim % 8 == 0;
-  if (params.kv.dtype == DType::kF32) {
-    return Launch(is_wide ? PlainAttentionKernel<float, 4> : PlainAttentionKernel<float, 1>, num_ctas, kThreads, 0,
-                  stream, params, range);
+  const auto launch = [&](auto* wide, auto* narrow) {
+    return Launch(is_wide ? wide : narrow, num_ctas, kThreads, 0, stream, params, range);
+  };
+  switch (params.kv.dtype) {
+    case DType::kF32:
+      return launch(PlainAttentionKernel<float, 4>, PlainAttentionKernel<float, 1>);
+    case DType::kBF16:
+      return launch(PlainAttentionKernel<BF16, 8>, PlainAttentionKernel<BF16, 1>);
+    case DType::kF16:
+      return launch(PlainAttentionKernel<F16, 8>, PlainAttentionKernel<F16, 1>);
   }
-  return Launch(is_wide ? PlainAttentionKernel<std::uint16_t, 8> : PlainAttentionKernel<std::uint16_t, 1>, num_ctas,
-                kThreads, 0, stream, params, range);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace spillway::cuda

@@ -1,10 +1,10 @@
-// Paged causal attention on tensor cores for head_dim 64 and 128, q and KV in BF16: one micro-kernel for prefill and
-// decode.
+// Paged causal attention on tensor cores for head_dim 64 and 128, q and KV in BF16 or F16: one micro-kernel for prefill
+// and decode.
 //
 // A warp holds 16 query rows; a tile of kKeysPerTile keys (K and V rows as stored, 16 positions per strip) lies in
 // shared memory, the next one on its way (cp.async, two stages). Scores are q K^T by mma.sync m16n8k16, the softmax is
-// the online one (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), the weights are rounded to bf16 for
-// the product with V. At the end of each segment of 256 positions the state joins the running one
+// the online one (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), the weights are rounded to the
+// type of V for the product with it. At the end of each segment of 256 positions the state joins the running one
 // (kernels/attention_state.h).
 //
 // A row's arithmetic never depends on its neighbours, on the number of warps or on where the tile begins: a masked key
@@ -148,7 +148,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& params, cons
 }
 
 // scores[n] = 16 rows x keys [8n, 8n + 8) of the tile.
-template <int kDim>
+template <int kDim, DType kType>
 __device__ __forceinline__ void ScoreTile(const std::byte* queries, const std::byte* keys,
                                           float (&scores)[kScoreTiles][4]) {
   const auto lane = static_cast<int>(threadIdx.x % 32);
@@ -169,14 +169,14 @@ __device__ __forceinline__ void ScoreTile(const std::byte* queries, const std::b
       const int piece = k * 2 + (lane & 8) / 8;
       std::uint32_t b[4];
       LoadMatrices(b, keys + TileByte<kDim>(row, piece));
-      MultiplyAdd(scores[n], a, b[0], b[1]);
-      MultiplyAdd(scores[n + 1], a, b[2], b[3]);
+      MultiplyAdd<kType>(scores[n], a, b[0], b[1]);
+      MultiplyAdd<kType>(scores[n + 1], a, b[2], b[3]);
     }
   }
 }
 
 // out += weights * V of the tile.
-template <int kDim>
+template <int kDim, DType kType>
 __device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreTiles / 2][4], const std::byte* values,
                                           float (&out)[kDim / 8][4]) {
   const auto lane = static_cast<int>(threadIdx.x % 32);
@@ -189,18 +189,18 @@ __device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreT
       const int piece = d + (lane & 16) / 16;
       std::uint32_t b[4];
       LoadMatricesTransposed(b, values + TileByte<kDim>(row, piece));
-      MultiplyAdd(out[d], weights[k], b[0], b[1]);
-      MultiplyAdd(out[d + 1], weights[k], b[2], b[3]);
+      MultiplyAdd<kType>(out[d], weights[k], b[0], b[1]);
+      MultiplyAdd<kType>(out[d + 1], weights[k], b[2], b[3]);
     }
   }
 }
 
 // One tile of keys into the segment's state. `scale` is in units of log2; positions are those of this lane's two rows.
-template <int kDim>
+template <int kDim, DType kType>
 __device__ __forceinline__ void AttendTile(const std::byte* queries, const std::byte* stage, int first_key,
                                            const int (&positions)[2], float scale, WarpState<kDim>& state) {
   float scores[kScoreTiles][4];
-  ScoreTile<kDim>(queries, stage, scores);
+  ScoreTile<kDim, kType>(queries, stage, scores);
   if (first_key + kKeysPerTile - 1 > MinOf(positions[0], positions[1])) {
     const auto column = static_cast<int>(threadIdx.x % 4) * 2;
 #pragma unroll
@@ -241,12 +241,12 @@ __device__ __forceinline__ void AttendTile(const std::byte* queries, const std::
   std::uint32_t weights[kScoreTiles / 2][4];
 #pragma unroll
   for (int k = 0; k < kScoreTiles / 2; ++k) {
-    weights[k][0] = PackBF16(scores[2 * k][0], scores[2 * k][1]);
-    weights[k][1] = PackBF16(scores[2 * k][2], scores[2 * k][3]);
-    weights[k][2] = PackBF16(scores[2 * k + 1][0], scores[2 * k + 1][1]);
-    weights[k][3] = PackBF16(scores[2 * k + 1][2], scores[2 * k + 1][3]);
+    weights[k][0] = PackPair<kType>(scores[2 * k][0], scores[2 * k][1]);
+    weights[k][1] = PackPair<kType>(scores[2 * k][2], scores[2 * k][3]);
+    weights[k][2] = PackPair<kType>(scores[2 * k + 1][0], scores[2 * k + 1][1]);
+    weights[k][3] = PackPair<kType>(scores[2 * k + 1][2], scores[2 * k + 1][3]);
   }
-  AddValues<kDim>(weights, stage + kTileBytes<kDim> / 2, state.out);
+  AddValues<kDim, kType>(weights, stage + kTileBytes<kDim> / 2, state.out);
 }
 
 // The segment's state into the running one, whose max is in units of log2 and whose sum is complete.
@@ -305,7 +305,7 @@ __device__ __forceinline__ void ReadCarried(const AttentionParams& params, const
   }
 }
 
-template <int kDim>
+template <int kDim, DType kType>
 __device__ __forceinline__ void WriteRows(const AttentionParams& params, bool is_split, const RowTargets& targets,
                                           const WarpState<kDim>& state) {
   const auto column = static_cast<int>(threadIdx.x % 4) * 2;
@@ -333,7 +333,7 @@ __device__ __forceinline__ void WriteRows(const AttentionParams& params, bool is
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         *reinterpret_cast<std::uint32_t*>(out + d * 8) =
-            PackBF16(state.out[d][2 * r] * factor, state.out[d][2 * r + 1] * factor);
+            PackPair<kType>(state.out[d][2 * r] * factor, state.out[d][2 * r + 1] * factor);
       }
     }
   }
@@ -349,7 +349,7 @@ __device__ __forceinline__ void SyncBlock() {
   }
 }
 
-template <int kDim, int kWarps>
+template <int kDim, int kWarps, DType kType>
 __device__ __forceinline__ void AttendItem(const AttentionParams& params, const WorkRange& range,
                                            const AttentionItem& item, std::byte* shared) {
   const RowSpan rows(params, range, item);
@@ -394,8 +394,8 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
     AwaitCopies<kStages - 1>();
     SyncBlock<kWarps>();
     if (tile * kKeysPerTile <= last_position) {
-      AttendTile<kDim>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions, scale,
-                       segment);
+      AttendTile<kDim, kType>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions,
+                              scale, segment);
     }
     SyncBlock<kWarps>();
     if (tile + kStages < tile_end) loader.Load(tile + kStages);
@@ -411,10 +411,10 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
   }
   if (tile_end <= 0 && !params.starts_empty && !item.work.is_split) ReadCarried(params, targets[threadIdx.x], running);
   __syncwarp();  // all have read what WriteRows may overwrite
-  WriteRows<kDim>(params, item.work.is_split, targets[threadIdx.x], running);
+  WriteRows<kDim, kType>(params, item.work.is_split, targets[threadIdx.x], running);
 }
 
-template <int kDim, int kWarps>
+template <int kDim, int kWarps, DType kType>
 __global__ void __launch_bounds__(kWarps * 32, kDim == 64 ? 1 : 0)
     TensorAttentionKernel(AttentionParams params, WorkRange range) {
   std::byte* const shared = DynamicShared();
@@ -428,20 +428,20 @@ __global__ void __launch_bounds__(kWarps * 32, kDim == 64 ? 1 : 0)
       if (!FindItem(params, range, index, cursor, item)) break;
       __syncwarp();
       if (threadIdx.x == 0) kept = cursor;
-      AttendItem<kDim, kWarps>(params, range, item, shared);
+      AttendItem<kDim, kWarps, kType>(params, range, item, shared);
     }
   } else {
     ItemCursor cursor;
     if (!FindItem(params, range, static_cast<int>(blockIdx.x), cursor, item)) return;
-    AttendItem<kDim, kWarps>(params, range, item, shared);
+    AttendItem<kDim, kWarps, kType>(params, range, item, shared);
   }
 }
 
-template <int kDim>
+template <int kDim, DType kType>
 cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  cudaError_t error = AllowShared(TensorAttentionKernel<kDim, kPrefillWarps>, kSharedBytes<kDim, kPrefillWarps>);
+  cudaError_t error = AllowShared(TensorAttentionKernel<kDim, kPrefillWarps, kType>, kSharedBytes<kDim, kPrefillWarps>);
   if (error != cudaSuccess) return error;
-  error = AllowShared(TensorAttentionKernel<kDim, kDecodeWarps>, kSharedBytes<kDim, kDecodeWarps>);
+  error = AllowShared(TensorAttentionKernel<kDim, kDecodeWarps, kType>, kSharedBytes<kDim, kDecodeWarps>);
   if (error != cudaSuccess) return error;
 
   const int num_kv_heads = params.kv.num_kv_heads;
@@ -453,13 +453,13 @@ cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
     // No more tiles than if every sequence's last one were almost empty.
     const std::int64_t num_tiles =
         CeilDiv<std::int64_t>(std::int64_t{params.num_tokens} * group, kRows) + params.num_sequences;
-    error = Launch(TensorAttentionKernel<kDim, kPrefillWarps>, static_cast<unsigned>(num_tiles * num_kv_heads),
+    error = Launch(TensorAttentionKernel<kDim, kPrefillWarps, kType>, static_cast<unsigned>(num_tiles * num_kv_heads),
                    kPrefillWarps * 32, kSharedBytes<kDim, kPrefillWarps>, stream, params, range);
     if (error != cudaSuccess) return error;
   }
   const WorkRange range = {kDecodeWarps * kRowsPerWarp, 1, is_decode ? kMaxRowsPerSequence : kMaxSplitRows, true};
   const int num_ctas = params.num_multiprocessors * kDecodeCtasPerMultiprocessor;
-  return Launch(TensorAttentionKernel<kDim, kDecodeWarps>, static_cast<unsigned>(num_ctas), kDecodeWarps * 32,
+  return Launch(TensorAttentionKernel<kDim, kDecodeWarps, kType>, static_cast<unsigned>(num_ctas), kDecodeWarps * 32,
                 kSharedBytes<kDim, kDecodeWarps>, stream, params, range);
 }
 
@@ -467,13 +467,18 @@ cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
 
 bool TensorAttentionFits(const AttentionParams& params) {
   const auto is_aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
-  return (params.kv.head_dim == 64 || params.kv.head_dim == 128) && params.q_dtype == DType::kBF16 &&
-         params.kv.dtype == DType::kBF16 && params.scale > 0 && is_aligned(params.q) && is_aligned(params.kv.pool) &&
-         is_aligned(params.out) && is_aligned(params.carried);
+  return (params.kv.head_dim == 64 || params.kv.head_dim == 128) && params.kv.dtype != DType::kF32 &&
+         params.q_dtype == params.kv.dtype &&
+         (params.out_dtype == DType::kF32 || params.out_dtype == params.kv.dtype) && params.scale > 0 &&
+         is_aligned(params.q) && is_aligned(params.kv.pool) && is_aligned(params.out) && is_aligned(params.carried);
 }
 
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream) {
-  return params.kv.head_dim == 64 ? LaunchFor<64>(params, stream) : LaunchFor<128>(params, stream);
+  const auto launch = [&]<DType kType>() {
+    return params.kv.head_dim == 64 ? LaunchFor<64, kType>(params, stream) : LaunchFor<128, kType>(params, stream);
+  };
+  return params.kv.dtype == DType::kBF16 ? launch.template operator()<DType::kBF16>()
+                                         : launch.template operator()<DType::kF16>();
 }
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {

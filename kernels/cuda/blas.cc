@@ -154,7 +154,7 @@ std::string Blas::version() const {
 std::unique_ptr<Blas::Plan> Blas::MakePlan(const Key& key, std::int64_t m) const {
   const Library& blas = *library_;
   auto plan = std::make_unique<Plan>(blas);
-  plan->type = key.dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F;
+  plan->type = key.dtype == DType::kBF16 ? CUDA_R_16BF : key.dtype == DType::kF16 ? CUDA_R_16F : CUDA_R_32F;
   // Row-major out = a * weight^T is column-major out^T = weight * a^T: the weight comes first, transposed.
   plan->weight = blas.NewLayout(plan->type, key.n, key.k);
   blas.desc_create(&plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);

@@ -69,8 +69,11 @@ cudaError_t LaunchPlainGemm(const PlainGemmParams& params, cudaStream_t stream) 
   if (params.num_rows == 0) return cudaSuccess;
   const auto num_column_tiles = static_cast<unsigned>(CeilDiv<std::int64_t>(params.rows, kTile));
   const auto num_row_tiles = static_cast<unsigned>(CeilDiv<std::int64_t>(params.num_rows, kTile));
-  return Launch(params.dtype == DType::kF32 ? PlainGemmKernel<float> : PlainGemmKernel<std::uint16_t>,
-                num_row_tiles * num_column_tiles, kThreads, 0, stream, params, num_column_tiles);
+  const auto launch = [&](auto* kernel) {
+    return Launch(kernel, num_row_tiles * num_column_tiles, kThreads, 0, stream, params, num_column_tiles);
+  };
+  if (params.dtype == DType::kF32) return launch(PlainGemmKernel<float>);
+  return params.dtype == DType::kBF16 ? launch(PlainGemmKernel<BF16>) : launch(PlainGemmKernel<F16>);
 }
 
 }  // namespace spillway::cuda

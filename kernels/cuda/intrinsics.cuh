@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/tensor.h"
+
 namespace spillway::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffU;
@@ -40,22 +42,35 @@ __device__ __forceinline__ void LoadMatricesTransposed(std::uint32_t (&out)[4], 
                : "memory");
 }
 
-// c[16 x 8] += a[16 x 16] * b[16 x 8], bf16 with float accumulation. With g = lane / 4, t = lane % 4:
+// c[16 x 8] += a[16 x 16] * b[16 x 8], BF16 or F16 with float accumulation. With g = lane / 4, t = lane % 4:
 //   a[0] (g, 2t)  a[1] (g + 8, 2t)  a[2] (g, 2t + 8)  a[3] (g + 8, 2t + 8)   two columns each
 //   b0 (2t, g)  b1 (2t + 8, g)   two rows each
 //   c[0], c[1] (g, 2t), (g, 2t + 1)   c[2], c[3] (g + 8, ...)
+template <DType kType>
 __device__ __forceinline__ void MultiplyAdd(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                             std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  if constexpr (kType == DType::kBF16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
-// Two floats as bf16, rounded to nearest even, the first in the low half.
-__device__ __forceinline__ std::uint32_t PackBF16(float low, float high) {
+// Two floats as BF16 or F16, rounded to nearest even, the first in the low half.
+template <DType kType>
+__device__ __forceinline__ std::uint32_t PackPair(float low, float high) {
   std::uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  if constexpr (kType == DType::kBF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
   return packed;
 }
 
@@ -101,10 +116,11 @@ cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_th
 
 #endif  // SPILLWAY_CUDA_EMULATION
 
-// A block of more than 48 KiB of dynamic shared memory has to be allowed once per kernel and device.
+// A block of more than 48 KiB of shared memory has to be allowed once per kernel and device. The kernel's static arrays
+// count too: 16 KiB is left for them.
 template <typename... Params>
 cudaError_t AllowShared(void (*kernel)(Params...), std::size_t shared_bytes) {
-  if (shared_bytes <= std::size_t{48} << 10) return cudaSuccess;
+  if (shared_bytes <= std::size_t{32} << 10) return cudaSuccess;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(shared_bytes));
 }

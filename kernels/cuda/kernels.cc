@@ -53,15 +53,15 @@ KvLayer LayerOf(const KvView& kv, int layer) {
           .dtype = layout.dtype};
 }
 
-bool IsF32OrBF16(DType dtype) { return dtype == DType::kF32 || dtype == DType::kBF16; }
-
 class CudaKernels final : public Kernels {
  public:
   CudaKernels(std::shared_ptr<Slab> slab, CudaKernelsOptions options)
       : slab_(std::move(slab)), options_(std::move(options)) {}
 
+  bool Computes(DType /*dtype*/) const override { return true; }
+
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
-    ASSIGN_OR_RETURN(const std::int64_t rows, RowsToPack(parts));
+    ASSIGN_OR_RETURN(const std::int64_t rows, StackedRows(parts));
     ASSIGN_OR_RETURN(Buffer values, Upload(parts, rows));
     return std::make_unique<CudaMatrix>(rows, parts[0].cols, parts[0].dtype, std::move(values));
   }
@@ -71,7 +71,7 @@ class CudaKernels final : public Kernels {
   }
 
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {
-    ASSIGN_OR_RETURN(const std::int64_t rows, RowsToPack({&table, 1}));
+    ASSIGN_OR_RETURN(const std::int64_t rows, StackedRows({&table, 1}));
     ASSIGN_OR_RETURN(Buffer values, Upload({&table, 1}, rows));
     MatrixView view = table;
     view.data = values.get();
@@ -154,10 +154,6 @@ class CudaKernels final : public Kernels {
   }
 
   void RopeAppend(Stream& stream, const RopeAppendArgs& args) const override {
-    if (!IsF32OrBF16(args.q_dtype) || !IsF32OrBF16(args.kv.layout.dtype)) {
-      Fail(stream, absl::UnimplementedError("rope_append: only float32 and bfloat16"));
-      return;
-    }
     Queue(stream, "rope_append", [&](cudaStream_t handle) {
       return LaunchRopeAppend({.qkv = args.qkv,
                                .cos_sin = args.cos_sin,
@@ -175,11 +171,9 @@ class CudaKernels final : public Kernels {
   void Attention(Stream& stream, const AttentionArgs& args) const override {
     if (args.num_tokens == 0 || args.num_sequences == 0) return;
     const KvLayout& layout = args.kv.layout;
-    if (!IsF32OrBF16(args.q_dtype) || !IsF32OrBF16(layout.dtype) || layout.head_dim > kMaxHeadDim) {
-      Fail(stream,
-           absl::UnimplementedError(absl::StrCat(
-               "attention: head_dim ", layout.head_dim, ", q ", std::string(NameOf(args.q_dtype)), ", kv ",
-               std::string(NameOf(layout.dtype)), ": only head_dim up to ", kMaxHeadDim, " in float32 and bfloat16")));
+    if (layout.head_dim > kMaxHeadDim) {
+      Fail(stream, absl::UnimplementedError(
+                       absl::StrCat("attention: head_dim ", layout.head_dim, ", only up to ", kMaxHeadDim)));
       return;
     }
     auto& cuda = static_cast<CudaStream&>(stream);

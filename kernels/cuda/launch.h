@@ -124,7 +124,7 @@ struct AttentionParams {
   TokenPlan* plan;              // [num_tokens]
   int num_multiprocessors;
 };
-// Queues the kernel for head_dim 64 and 128 on tensor cores where q and KV are BF16, the plain one otherwise, and the
+// Queues the kernel for head_dim 64 and 128 on tensor cores where q and KV are BF16 or F16, the plain one otherwise, and the
 // merge.
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 // The parts of the above.

@@ -52,21 +52,48 @@ SPILLWAY_HOST_DEVICE float Exp2Polynomial(float x) {
   return std::bit_cast<float>(std::bit_cast<std::int32_t>(p) + static_cast<std::int32_t>(n) * (1 << 23));
 }
 
-SPILLWAY_HOST_DEVICE float Widen(float x) { return x; }
-SPILLWAY_HOST_DEVICE float Widen(std::uint16_t bits) { return FloatFromBF16(bits); }
-SPILLWAY_HOST_DEVICE void Narrow(float x, float* to) { *to = x; }
-SPILLWAY_HOST_DEVICE void Narrow(float x, std::uint16_t* to) { *to = BF16FromFloat(x); }
+// Elements of arrays as the language's types.
+struct BF16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
 
-// Element `index` of an array of F32 or BF16.
+SPILLWAY_HOST_DEVICE float Widen(float x) { return x; }
+SPILLWAY_HOST_DEVICE float Widen(BF16 x) { return FloatFromBF16(x.bits); }
+SPILLWAY_HOST_DEVICE float Widen(F16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  return FloatFromF16(x.bits);
+#endif
+}
+SPILLWAY_HOST_DEVICE void Narrow(float x, float* to) { *to = x; }
+SPILLWAY_HOST_DEVICE void Narrow(float x, BF16* to) { to->bits = BF16FromFloat(x); }
+SPILLWAY_HOST_DEVICE void Narrow(float x, F16* to) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
+  to->bits = F16FromFloat(x);
+#endif
+}
+
+// Element `index` of an array.
 SPILLWAY_HOST_DEVICE float LoadAs(const std::byte* array, DType dtype, std::int64_t index) {
-  return dtype == DType::kF32 ? reinterpret_cast<const float*>(array)[index]
-                              : Widen(reinterpret_cast<const std::uint16_t*>(array)[index]);
+  if (dtype == DType::kF32) return reinterpret_cast<const float*>(array)[index];
+  return dtype == DType::kBF16 ? Widen(reinterpret_cast<const BF16*>(array)[index])
+                               : Widen(reinterpret_cast<const F16*>(array)[index]);
 }
 SPILLWAY_HOST_DEVICE void StoreAs(std::byte* array, DType dtype, std::int64_t index, float value) {
   if (dtype == DType::kF32) {
     reinterpret_cast<float*>(array)[index] = value;
+  } else if (dtype == DType::kBF16) {
+    Narrow(value, reinterpret_cast<BF16*>(array) + index);
   } else {
-    Narrow(value, reinterpret_cast<std::uint16_t*>(array) + index);
+    Narrow(value, reinterpret_cast<F16*>(array) + index);
   }
 }
 

@@ -167,7 +167,8 @@ void CudaStream::Copy(std::byte* to, const std::byte* from, std::size_t size_byt
 std::shared_ptr<Event> CudaStream::Record() {
   cudaEvent_t event = nullptr;
   static_cast<void>(cudaSetDevice(device_));
-  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  // Who waits for it sleeps.
+  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), "creating an event");
   if (event != nullptr) Check(cudaEventRecord(event, target_), "recording an event");
   return std::make_shared<CudaEvent>(event, state_);
 }

@@ -142,7 +142,7 @@ TEST_P(AttentionPassTest, ALostPassShows) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, AttentionPassTest,
-                         testing::Combine(testing::ValuesIn(AllTargets()), testing::Values(DType::kF32, DType::kBF16)),
+                         testing::Combine(testing::ValuesIn(AllTargets()), testing::ValuesIn(AllDTypes())),
                          NameOfTargetAndDType);
 
 }  // namespace

@@ -196,7 +196,7 @@ TEST_P(AttentionTest, RowsOfOtherSequencesAreLeftAlone) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, AttentionTest,
-                         testing::Combine(testing::ValuesIn(AllTargets()), testing::Values(DType::kF32, DType::kBF16)),
+                         testing::Combine(testing::ValuesIn(AllTargets()), testing::ValuesIn(AllDTypes())),
                          NameOfTargetAndDType);
 
 TEST(AttentionTargetsTest, TargetsThatMultiplyFloatsGiveTheSameBitsOnAllMachines) {

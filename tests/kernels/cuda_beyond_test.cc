@@ -4,5 +4,5 @@
 #include "tests/kernels/cuda_engine_device.h"
 
 #define MakeCpuDevice MakeEngineDevice
-#define SPILLWAY_BEYOND_HEAD_DIM 64  // the tensor cores' attention
+#define SPILLWAY_BEYOND_HEAD_DIM 64     // the tensor cores' attention
 #include "tests/engine/beyond_test.cc"  // NOLINT(bugprone-suspicious-include)

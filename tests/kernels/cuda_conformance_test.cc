@@ -5,11 +5,13 @@
 #define Rig CpuRig
 #define AllTargets CpuTargets
 #define FastTargets CpuFastTargets
+#define AllDTypes CpuDTypes
 #define ExpectNear ExpectNearElements
 #include "tests/kernels/kernel_rig.h"
 #undef Rig
 #undef AllTargets
 #undef FastTargets
+#undef AllDTypes
 #undef ExpectNear
 
 #include "tests/kernels/cuda_device.h"
@@ -18,6 +20,7 @@ namespace spillway {
 
 inline std::vector<std::string> AllTargets() { return {"cuda"}; }
 inline std::vector<std::string> FastTargets() { return AllTargets(); }
+inline std::vector<DType> AllDTypes() { return {DType::kF32, DType::kBF16, DType::kF16}; }
 
 // Weights of bf16 in the product with V, and nothing worse: METHOD.md's 1e-3 to 1e-2 for bf16 operands.
 inline constexpr double kTensorNorm = 4e-3;

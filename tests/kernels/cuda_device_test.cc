@@ -383,7 +383,7 @@ TEST_P(CudaGemmTest, MatchesTheOracleAndARowDoesNotDependOnTheOthers) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaGemmTest, testing::Values(DType::kF32, DType::kBF16),
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaGemmTest, testing::Values(DType::kF32, DType::kBF16, DType::kF16),
                          [](const auto& dtype) { return std::string(NameOf(dtype.param)); });
 
 // With room for no partial state at all every sequence is computed by one CTA per tile; the bits are the same.
@@ -393,7 +393,7 @@ TEST(CudaAttentionTest, BitsDoNotDependOnTheWorkspace) {
   SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
   SPILLWAY_CUDA_OR_SKIP(small_device, small);
   Random random(4);
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     for (const int head_dim : {64, 128, 40}) {
       constexpr int kHeads = 6;
       constexpr std::int32_t kContexts[] = {1000, 1, 257, 600};

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <functional>
 
+#include "kernels/tensor.h"
+
 #define SPILLWAY_CUDA_EMULATION 1
 
 #undef __global__
@@ -179,10 +181,13 @@ inline void LoadMatricesTransposed(std::uint32_t (&out)[4], const std::byte* row
                         meeting.Of<const std::byte*>(first + 1) + lane / 4 * 2);
   }
 }
-inline float BF16Half(std::uint32_t word, unsigned half) {
-  return __builtin_bit_cast(float, half == 0 ? word << 16 : word & 0xffff0000U);
+template <DType kType>
+float HalfOf(std::uint32_t word, unsigned half) {
+  const auto bits = static_cast<std::uint16_t>(half == 0 ? word : word >> 16);
+  return kType == DType::kBF16 ? FloatFromBF16(bits) : FloatFromF16(bits);
 }
-inline void MultiplyAdd(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+template <DType kType>
+void MultiplyAdd(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   const std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const emulation::Meeting meeting(0xffffffffU, mine, sizeof(mine));
   struct Words {
@@ -196,16 +201,16 @@ inline void MultiplyAdd(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_
     for (unsigned k = 0; k < 16; ++k) {
       const Words left = meeting.Of<Words>(row % 8 * 4 + k % 8 / 2);
       const Words right = meeting.Of<Words>(column * 4 + k % 8 / 2);
-      sum += double{BF16Half(left.v[row / 8 + k / 8 * 2], k % 2)} * BF16Half(right.v[4 + k / 8], k % 2);
+      sum += double{HalfOf<kType>(left.v[row / 8 + k / 8 * 2], k % 2)} * HalfOf<kType>(right.v[4 + k / 8], k % 2);
     }
     c[i] = static_cast<float>(c[i] + sum);
   }
 }
-inline std::uint32_t PackBF16(float low, float high) {
-  const auto round = [](float value) {
-    const auto bits = __builtin_bit_cast(std::uint32_t, value);
-    if ((bits & 0x7fffffffU) > 0x7f800000U) return 0x7fffU;  // the canonical NaN
-    return (bits + 0x7fffU + (bits >> 16 & 1U)) >> 16;
+template <DType kType>
+std::uint32_t PackPair(float low, float high) {
+  const auto round = [](float value) -> std::uint32_t {
+    if (value != value) return 0x7fffU;  // the canonical NaN
+    return kType == DType::kBF16 ? BF16FromFloat(value) : F16FromFloat(value);
   };
   return round(low) | round(high) << 16;
 }

@@ -39,6 +39,9 @@ inline std::vector<std::string> FastTargets() {
   return names;
 }
 
+// What every implementation computes with.
+inline std::vector<DType> AllDTypes() { return {DType::kF32, DType::kBF16}; }
+
 class Rig {
  public:
   explicit Rig(const std::string& target, int num_workers = 2, const std::string& gemm = "fma") {
@@ -60,7 +63,7 @@ class Rig {
   std::unique_ptr<Stream> stream_;
 };
 
-// Floats, stored as F32 or rounded to BF16, at an offset that breaks alignment.
+// Floats, stored as F32 or rounded, at an offset that breaks alignment.
 class Array {
  public:
   Array(DType dtype, std::size_t size, std::size_t misaligned_elements = 0)

@@ -46,19 +46,6 @@ struct RandomLlamaOptions {
   int shards = 1;
 };
 
-// Round to nearest, ties to even; overflow goes to infinity.
-inline std::uint16_t F16FromFloat(float value) {
-  const auto sign = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(value) >> 16) & 0x8000U);
-  const float magnitude = std::fabs(value);
-  if (std::isnan(value)) return static_cast<std::uint16_t>(sign | 0x7e00U);
-  if (magnitude >= 65520.0F) return static_cast<std::uint16_t>(sign | 0x7c00U);
-  if (magnitude < 0x1p-14F) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
-    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(magnitude + 0.5F) - 0x3f000000U));
-  }
-  const auto bits = std::bit_cast<std::uint32_t>(magnitude);
-  return static_cast<std::uint16_t>(sign | ((bits - 0x38000000U + 0xfffU + ((bits >> 13) & 1U)) >> 13));
-}
-
 inline std::string EncodeValues(const NamedTensor& tensor) {
   std::string bytes(tensor.values.size() * SizeOf(tensor.dtype), '\0');
   char* out = bytes.data();
