@@ -300,7 +300,8 @@ void DenseDecoder::Attend(Stream& stream, const StepArrays& arrays, const KvView
                      .block_begin = arrays.block_begin,
                      .block_table = arrays.block_table,
                      .out = workspace_.narrow,
-                     .out_dtype = dtype_};
+                     .out_dtype = dtype_,
+                     .window = config_.sliding_window};
   if (num_resident > 0) device_.kernels().Attention(stream, args);
   if (arrays.num_streamed == 0) return;
   args.num_sequences = arrays.num_streamed;

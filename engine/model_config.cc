@@ -37,9 +37,9 @@ absl::Status ReadArchitecture(const json& config, const std::string& where, Mode
     return absl::InvalidArgumentError(absl::StrCat(where, ": architectures is not a list of one name"));
   }
   model.architecture = architectures->front().get<std::string>();
-  if (model.architecture != "LlamaForCausalLM") {
+  if (model.architecture != "LlamaForCausalLM" && model.architecture != "MistralForCausalLM") {
     return absl::UnimplementedError(absl::StrCat(where, ": architecture ", Excerpt(model.architecture),
-                                                 " is not supported; supported: LlamaForCausalLM"));
+                                                 " is not supported; supported: LlamaForCausalLM, MistralForCausalLM"));
   }
   if (const json* quantization = FindMember(config, "quantization_config")) {
     ASSIGN_OR_RETURN(const auto method, ReadString(*quantization, "quant_method", where));
@@ -81,6 +81,15 @@ absl::Status ReadWidths(const json& config, const std::string& where, ModelConfi
     return absl::InvalidArgumentError(absl::StrCat(where, ": num_attention_heads ", model.num_heads, " x head_dim ",
                                                    model.head_dim, " exceeds the limit ", kMaxWidth));
   }
+  return absl::OkStatus();
+}
+
+// What Llama's configuration says of it has no effect.
+absl::Status ReadWindow(const json& config, const std::string& where, ModelConfig& model) {
+  if (model.architecture != "MistralForCausalLM") return absl::OkStatus();
+  ASSIGN_OR_RETURN(const auto window,
+                   ReadInteger(config, "sliding_window", 1, std::numeric_limits<std::int32_t>::max(), where));
+  if (window && *window < model.max_positions) model.sliding_window = static_cast<int>(*window);
   return absl::OkStatus();
 }
 
@@ -177,6 +186,7 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder) {
   ModelConfig model;
   RETURN_IF_ERROR(ReadArchitecture(config, path, model));
   RETURN_IF_ERROR(ReadWidths(config, path, model));
+  RETURN_IF_ERROR(ReadWindow(config, path, model));
   RETURN_IF_ERROR(ReadRope(config, path, model));
   ASSIGN_OR_RETURN(const auto epsilon, ReadNumber(config, "rms_norm_eps", 1e-12, 1.0, path));
   model.norm_epsilon = static_cast<float>(epsilon.value_or(1e-6));  // transformers' default

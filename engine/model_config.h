@@ -1,7 +1,7 @@
 #pragma once
 
-// What a model is: one description for the family of dense decoders (Llama; Mistral, Qwen2 and Qwen3 are further rows
-// of the same table: biases, q/k norms, sliding window). Read from a Hugging Face folder; unknown architectures and
+// What a model is: one description for the family of dense decoders (Llama, Mistral; Qwen2 and Qwen3 are further rows
+// of the same table: biases, q/k norms). Read from a Hugging Face folder; unknown architectures and
 // unknown settings that would change the output are refused by name.
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace spillway {
 
 struct ModelConfig {
-  std::string architecture;  // "LlamaForCausalLM"
+  std::string architecture;  // "LlamaForCausalLM", "MistralForCausalLM"
   int num_layers = 0;
   int hidden = 0;
   int inner = 0;  // MLP width
@@ -24,6 +24,7 @@ struct ModelConfig {
   int head_dim = 0;  // independent of hidden / num_heads
   int vocab = 0;
   int max_positions = 0;
+  int sliding_window = 0;  // tokens that a token attends to, itself included; 0: all before it
   float norm_epsilon = 1e-5F;
   double rope_theta = 10000.0;
   bool tied_embeddings = false;
@@ -44,7 +45,7 @@ struct GenerationDefaults {
 };
 
 // `folder`/config.json. INVALID_ARGUMENT names the field, its value and what is allowed; UNIMPLEMENTED an architecture
-// or feature (rope_scaling, sliding_window in use, attention_bias ...) that is not built.
+// or feature (rope_scaling, attention_bias ...) that is not built.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder);
 
 // Absent file: all unset. `do_sample: false` means temperature 0.

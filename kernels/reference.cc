@@ -167,11 +167,12 @@ struct KeyRange {
   const std::int32_t* blocks = nullptr;
   std::int64_t begin = 0;
   std::int64_t end = 0;
+  std::int64_t seen_from = 0;  // what lies before is not in the row's window
 };
 
 // One query row over a range of keys, merged into `state`.
 void AttendRange(const AttentionArgs& args, const KeyRange& keys, int kv_head, std::int64_t row, RowState& state) {
-  if (keys.begin >= keys.end) return;
+  if (keys.seen_from >= keys.end) return;
   const KvLayout& layout = args.kv.layout;
   const std::int64_t dim = layout.head_dim;
   const auto kv_row = [&](std::int64_t p) {
@@ -180,7 +181,7 @@ void AttendRange(const AttentionArgs& args, const KeyRange& keys, int kv_head, s
            layout.strip_offset(args.layer, kv_head) + static_cast<std::size_t>(i % kBlockTokens) * layout.row_bytes();
   };
   std::vector<double> weights;
-  for (std::int64_t p = keys.begin; p < keys.end; ++p) {
+  for (std::int64_t p = keys.seen_from; p < keys.end; ++p) {
     double dot = 0;
     for (std::int64_t i = 0; i < dim; ++i) {
       dot += double{LoadElement(args.q, args.q_dtype, row * dim + i)} * LoadElement(kv_row(p), layout.dtype, i);
@@ -196,8 +197,8 @@ void AttendRange(const AttentionArgs& args, const KeyRange& keys, int kv_head, s
   for (std::int64_t i = 0; i < dim; ++i) {
     double& out = state.out[static_cast<std::size_t>(i)];
     out *= kept;
-    for (std::int64_t p = keys.begin; p < keys.end; ++p) {
-      out += weights[static_cast<std::size_t>(p - keys.begin)] * LoadElement(kv_row(p), layout.dtype, dim + i);
+    for (std::int64_t p = keys.seen_from; p < keys.end; ++p) {
+      out += weights[static_cast<std::size_t>(p - keys.seen_from)] * LoadElement(kv_row(p), layout.dtype, dim + i);
     }
   }
 }
@@ -232,9 +233,10 @@ void Attention(const AttentionArgs& args) {
   for (std::int64_t s = 0; s < args.num_sequences; ++s) {
     for (std::int64_t t = args.query_begin[s]; t < args.query_begin[s + 1]; ++t) {
       const std::int64_t position = args.first_position[s] + (t - args.query_begin[s]);
-      KeyRange keys = {args.block_table + args.block_begin[s], 0, position + 1};
+      KeyRange keys = {args.block_table + args.block_begin[s], 0, position + 1, 0};
       if (!is_whole) keys.begin = args.key_begin[s];
       if (!is_whole) keys.end = std::min<std::int64_t>(keys.end, args.key_end[s]);
+      keys.seen_from = args.window > 0 ? std::max(keys.begin, position + 1 - args.window) : keys.begin;
       for (int h = 0; h < args.num_heads; ++h) Attend(args, keys, h / group, t * args.num_heads + h);
     }
   }

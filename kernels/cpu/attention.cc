@@ -105,9 +105,13 @@ class Plan {
         tile.token_end = std::min<std::int64_t>(t + tokens_per_tile_, args_.query_begin[s + 1]);
         tile.key_begin = FirstKeyOf(args_, s);
         tile.key_end = args_.first_position[s] + (tile.token_end - args_.query_begin[s]);
-        if (args_.pass != AttentionPass::kWhole) {
-          tile.key_end = std::max(tile.key_begin, std::min<std::int64_t>(tile.key_end, args_.key_end[s]));
+        // Segments before the first row's window are left out.
+        if (args_.window > 0) {
+          const std::int64_t seen_from = args_.first_position[s] + (t - args_.query_begin[s]) + 1 - args_.window;
+          tile.key_begin = std::max(tile.key_begin, seen_from / kSegmentTokens * kSegmentTokens);
         }
+        if (args_.pass != AttentionPass::kWhole) tile.key_end = std::min<std::int64_t>(tile.key_end, args_.key_end[s]);
+        tile.key_end = std::max(tile.key_begin, tile.key_end);
         planned.num_rows = (tile.token_end - tile.token_begin) * group_;
         planned.num_segments = RoundUp(tile.key_end - tile.key_begin, kSegmentTokens) / kSegmentTokens;
       }

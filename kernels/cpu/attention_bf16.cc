@@ -85,15 +85,20 @@ SPILLWAY_AVX512_BF16 inline void TransposeTile(const std::uint16_t* from, std::i
   }
 }
 
-// Turns raw scores of `num_keys` keys into weights 2^(scale * score - max), rounded, and zeros up to `padded_keys`, a
-// multiple of 32.
-SPILLWAY_AVX512_BF16 void WeighRow(const float* scores, std::int64_t num_keys, std::int64_t padded_keys, float scale,
-                                   std::uint16_t* weights, AttentionState& state) {
+// Turns raw scores of keys [first, num_keys) into weights 2^(scale * score - max), rounded, and the others into zeros
+// up to `padded_keys`, a multiple of 32.
+SPILLWAY_AVX512_BF16 void WeighRow(const float* scores, std::int64_t first, std::int64_t num_keys,
+                                   std::int64_t padded_keys, float scale, std::uint16_t* weights,
+                                   AttentionState& state) {
+  const auto lanes = [&](std::int64_t at) {
+    const __mmask16 mask = FirstLanes(std::max<std::int64_t>(num_keys - at, 0));
+    return at < first ? static_cast<__mmask16>(mask & ~FirstLanes(first - at)) : mask;
+  };
   const __m512 factor = _mm512_set1_ps(scale);
   __m512 max = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (std::int64_t i = 0; i < num_keys; i += 16) {
     const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + i), factor);
-    max = _mm512_mask_max_ps(max, FirstLanes(num_keys - i), max, score);
+    max = _mm512_mask_max_ps(max, lanes(i), max, score);
   }
   state.max = _mm512_reduce_max_ps(max);
   max = _mm512_set1_ps(state.max);
@@ -102,9 +107,9 @@ SPILLWAY_AVX512_BF16 void WeighRow(const float* scores, std::int64_t num_keys, s
   for (; i < num_keys; i += 32) {
     __m512 low = Exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, max));
     __m512 high = Exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), factor, max));
-    if (num_keys - i < 32) {
-      low = _mm512_maskz_mov_ps(FirstLanes(num_keys - i), low);
-      high = _mm512_maskz_mov_ps(FirstLanes(std::max<std::int64_t>(num_keys - i - 16, 0)), high);
+    if (num_keys - i < 32 || i < first) {
+      low = _mm512_maskz_mov_ps(lanes(i), low);
+      high = _mm512_maskz_mov_ps(lanes(i + 16), high);
     }
     const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     _mm512_storeu_si512(weights + i, rounded);
@@ -340,8 +345,8 @@ class TileRun {
     const std::int64_t padded_keys = (end - begin + kTileDepth - 1) / kTileDepth * kTileDepth;
     for (std::int64_t r = row_begin; r < row_end; ++r) {
       const std::int64_t i = r - row_begin;
-      WeighRow(memory_.scores + i * kSegmentTokens, rows_.NumKeys(r, begin, end), padded_keys, scale_,
-               memory_.weights + i * kSegmentTokens, segment_states_[i]);
+      WeighRow(memory_.scores + i * kSegmentTokens, rows_.NumBeforeWindow(r, begin), rows_.NumKeys(r, begin, end),
+               padded_keys, scale_, memory_.weights + i * kSegmentTokens, segment_states_[i]);
     }
   }
 

@@ -167,13 +167,15 @@ void ScoreRows(const float* q, std::int64_t num_rows, const float* keys, std::si
   }
 }
 
-// Turns the scores of `num_keys` keys into 2^(score - max), and returns max and their sum.
-HWY_INLINE void Softmax(std::int64_t num_keys, float* scores, AttentionState& state) {
+// Turns the scores of keys [first, num_keys) into 2^(score - max), those before into 0, and returns max and their sum.
+HWY_INLINE void Softmax(std::int64_t first, std::int64_t num_keys, float* scores, AttentionState& state) {
   const F f;
   const std::int64_t num_lanes = (num_keys + kGroup - 1) / kGroup * kGroup;
   const VF nothing = hn::Set(f, -std::numeric_limits<float>::infinity());
-  // Lanes beyond the last key may hold anything, NaN too; from here on they are minus infinity.
+  // Lanes beyond the last key may hold anything, NaN too; from here on they are minus infinity. With all lanes so,
+  // Exp2 gives zeros.
   for (std::int64_t i = num_keys; i < num_lanes; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+  std::fill_n(scores, std::min(first, num_lanes), -std::numeric_limits<float>::infinity());
   VF max = nothing;
   for (std::int64_t i = 0; i < num_lanes; i += kLanes) max = hn::Max(max, hn::LoadU(f, scores + i));
   state.max = hn::GetLane(hn::MaxOfLanes(f, max));
@@ -366,7 +368,8 @@ class TileRun {
     for (std::int64_t r = first_row; r < rows_.size(); ++r) {
       AttentionState& state = memory_.segment_states[r];
       state.out = memory_.segment + r * padded_dim_;
-      Softmax(rows_.NumKeys(r, begin, end), memory_.scores + r * kSegmentTokens, state);
+      Softmax(rows_.NumBeforeWindow(r, begin), rows_.NumKeys(r, begin, end), memory_.scores + r * kSegmentTokens,
+              state);
     }
     std::fill_n(memory_.segment + first_row * padded_dim_, (rows_.size() - first_row) * padded_dim_, 0.0F);
     for (std::int64_t at = begin; at < end; at += kBlockTokens) AddStrip(at, begin, end);

@@ -60,6 +60,10 @@ class TileRows {
   std::int64_t NumKeys(std::int64_t row, std::int64_t begin, std::int64_t end) const {
     return std::min(PositionOf(row) + 1, end) - begin;
   }
+  // Of the keys from `begin` on, how many lie before the row's window.
+  std::int64_t NumBeforeWindow(std::int64_t row, std::int64_t begin) const {
+    return args_.window > 0 ? std::max<std::int64_t>(PositionOf(row) + 1 - args_.window - begin, 0) : 0;
+  }
   // Element offset of a row in q and out.
   std::int64_t OffsetOf(std::int64_t row) const {
     const std::int64_t head = tile_.kv_head * group_ + row % group_;

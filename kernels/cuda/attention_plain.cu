@@ -70,14 +70,14 @@ __device__ void ScoreSegment(const KeyRows<T>& keys, int begin, int end, int dim
   }
 }
 
-// Over the first num_keys scores of a row, by one warp.
-__device__ void SoftmaxRow(int r, int num_keys, PlainShared& shared) {
+// Over scores [first_key, num_keys) of a row, by one warp.
+__device__ void SoftmaxRow(int r, int first_key, int num_keys, PlainShared& shared) {
   const auto lane = static_cast<int>(threadIdx.x % 32);
   float max = -kInfinity;
-  for (int i = lane; i < num_keys; i += 32) max = MaxOf(max, shared.weights[r][i]);
+  for (int i = first_key + lane; i < num_keys; i += 32) max = MaxOf(max, shared.weights[r][i]);
   for (int step = 16; step > 0; step /= 2) max = MaxOf(max, __shfl_xor_sync(kAllLanes, max, step));
   float sum = 0;
-  for (int i = lane; i < num_keys; i += 32) {
+  for (int i = first_key + lane; i < num_keys; i += 32) {
     const float weight = Exp2Polynomial(shared.weights[r][i] - max);
     shared.weights[r][i] = weight;
     sum += weight;
@@ -111,8 +111,11 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
   }
 
   const int key_end = rows.num_keys;
-  const int first_segment = item.work.is_split ? item.segment : 0;
-  const int segment_end = item.work.is_split ? item.segment + 1 : CeilDiv(key_end, kSegmentPositions);
+  const int first_segment = item.work.is_split ? item.segment : rows.first_key / kSegmentPositions;
+  // A split one that lies before the windows of all rows is empty.
+  const int segment_end = item.work.is_split
+                              ? item.segment + ((item.segment + 1) * kSegmentPositions > rows.first_key ? 1 : 0)
+                              : CeilDiv(key_end, kSegmentPositions);
   const bool is_carried = !item.work.is_split && !params.starts_empty;
   float running_max[kRows];
   float running_sum[kRows];
@@ -136,19 +139,20 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
   for (int segment = first_segment; segment < segment_end; ++segment) {
     const int begin = segment * kSegmentPositions;
     const int end = MinOf(begin + kSegmentPositions, key_end);
-    // Keys of the segment that row r sees.
-    const auto keys_of = [&](int r) {
-      const int seen = r < num_rows ? rows.PositionOf(rows.row_begin + r) + 1 : 0;
-      return MaxOf(0, MinOf(seen, end) - begin);
-    };
+    // Of the segment's keys row r sees (last - window, last], as far as they are there; last < 0: none.
+    const auto last_of = [&](int r) { return r < num_rows ? rows.PositionOf(rows.row_begin + r) - begin : -1; };
     __syncthreads();
     ScoreSegment<T, kVector>(keys, begin, end, dim, params.scale * kLog2E, shared);
     __syncthreads();
-    for (int r = thread / 32; r < kRows; r += kWarps) SoftmaxRow(r, keys_of(r), shared);
+    for (int r = thread / 32; r < kRows; r += kWarps) {
+      const int last = last_of(r);
+      SoftmaxRow(r, MaxOf(0, last - params.window + 1), MinOf(last + 1, end - begin), shared);
+    }
     __syncthreads();
-    int num_keys[kRows];
+    int last[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) num_keys[r] = keys_of(r);
+    for (int r = 0; r < kRows; ++r) last[r] = last_of(r);
+    const auto window = static_cast<unsigned>(params.window);
 #pragma unroll
     for (int i = 0; i < kDimsPerThread; ++i) {
       const int d = i * kThreads + thread;
@@ -159,7 +163,10 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
           const float value = Widen(keys.RowOf(begin + k)[dim + d]);
           // A key that a row does not see is not touched: 0 times infinity is not 0.
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) out[r] = k < num_keys[r] ? fmaf(shared.weights[r][k], value, out[r]) : out[r];
+          for (int r = 0; r < kRows; ++r) {
+            const bool sees = static_cast<unsigned>(last[r] - k) < window;
+            out[r] = sees ? fmaf(shared.weights[r][k], value, out[r]) : out[r];
+          }
         }
       }
 #pragma unroll

@@ -150,6 +150,7 @@ struct RowSpan {
   int first_token;     // row of the step
   int first_position;  // of first_token
   int num_keys;        // that any row may see
+  int first_key;       // before it none sees any
 
   SPILLWAY_HOST_DEVICE RowSpan(const AttentionParams& params, const WorkRange& range, const AttentionItem& item)
       : row_begin(item.tile * range.rows_per_tile),
@@ -160,6 +161,7 @@ struct RowSpan {
     const KeyRange keys(params, item.sequence);
     first_position -= keys.begin;
     num_keys = MinOf(keys.end - keys.begin, PositionOf(row_end - 1) + 1);
+    first_key = MaxOf(0, PositionOf(row_begin) - params.window + 1);
   }
 
   SPILLWAY_HOST_DEVICE int PositionOf(int row) const { return first_position + row / group; }

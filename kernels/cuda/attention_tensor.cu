@@ -195,19 +195,22 @@ __device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreT
   }
 }
 
-// One tile of keys into the segment's state. `scale` is in units of log2; positions are those of this lane's two rows.
+// One tile of keys into the segment's state. `scale` is in units of log2; positions are those of this lane's two rows,
+// which see `window` keys up to themselves.
 template <int kDim, DType kType>
 __device__ __forceinline__ void AttendTile(const std::byte* queries, const std::byte* stage, int first_key,
-                                           const int (&positions)[2], float scale, WarpState<kDim>& state) {
+                                           const int (&positions)[2], int window, float scale, WarpState<kDim>& state) {
   float scores[kScoreTiles][4];
   ScoreTile<kDim, kType>(queries, stage, scores);
-  if (first_key + kKeysPerTile - 1 > MinOf(positions[0], positions[1])) {
+  if (first_key + kKeysPerTile - 1 > MinOf(positions[0], positions[1]) ||
+      first_key <= MaxOf(positions[0], positions[1]) - window) {
     const auto column = static_cast<int>(threadIdx.x % 4) * 2;
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (first_key + n * 8 + column + i % 2 > positions[i / 2]) scores[n][i] = -kInfinity;
+        const int key = first_key + n * 8 + column + i % 2;
+        if (key > positions[i / 2] || key <= positions[i / 2] - window) scores[n][i] = -kInfinity;
       }
     }
   }
@@ -366,14 +369,15 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
   // A warp without rows, or whose last row lies before a tile, leaves it out.
   const int warp_end = MinOf(warp_begin + kRowsPerWarp, rows.row_end);
   const int last_position = warp_begin < warp_end ? rows.PositionOf(warp_end - 1) : -1;
+  const int first_position = rows.PositionOf(warp_begin);
 
   // In shared memory until the end: registers are scarce in between.
   __shared__ RowTargets targets[kWarps * 32];
   targets[threadIdx.x] = TargetsOf(params, rows, item, lane_rows);
   const int key_end = rows.num_keys;
-  const int tile_begin = item.work.is_split ? item.segment * kTilesPerSegment : 0;
+  const int tile_begin = MaxOf(item.work.is_split ? item.segment * kTilesPerSegment : 0, rows.first_key / kKeysPerTile);
   const int last_tile = CeilDiv(key_end, kKeysPerTile);
-  const int tile_end = item.work.is_split ? MinOf(tile_begin + kTilesPerSegment, last_tile) : last_tile;
+  const int tile_end = item.work.is_split ? MinOf((item.segment + 1) * kTilesPerSegment, last_tile) : last_tile;
 
   const float scale = params.scale * kLog2E;
   WarpState<kDim> segment;
@@ -393,9 +397,9 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
   for (int tile = tile_begin; tile < tile_end; ++tile) {
     AwaitCopies<kStages - 1>();
     SyncBlock<kWarps>();
-    if (tile * kKeysPerTile <= last_position) {
+    if (tile * kKeysPerTile <= last_position && (tile + 1) * kKeysPerTile > first_position - params.window + 1) {
       AttendTile<kDim, kType>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions,
-                              scale, segment);
+                              params.window, scale, segment);
     }
     SyncBlock<kWarps>();
     if (tile + kStages < tile_end) loader.Load(tile + kStages);
@@ -403,13 +407,14 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
     loader.FetchBlocks(tile + kStages + 1);
     if ((tile + 1) % kTilesPerSegment == 0 || tile + 1 == tile_end) {
       // Not before: the scores' registers are free only now. Nor is the condition kept in one.
-      if (tile < kTilesPerSegment && !params.starts_empty && !item.work.is_split)
+      if (tile / kTilesPerSegment == tile_begin / kTilesPerSegment && !params.starts_empty && !item.work.is_split)
         ReadCarried(params, targets[threadIdx.x], running);
       MergeSegment<kDim>(segment, scale, running);
       segment.Clear();
     }
   }
-  if (tile_end <= 0 && !params.starts_empty && !item.work.is_split) ReadCarried(params, targets[threadIdx.x], running);
+  if (tile_end <= tile_begin && !params.starts_empty && !item.work.is_split)
+    ReadCarried(params, targets[threadIdx.x], running);
   __syncwarp();  // all have read what WriteRows may overwrite
   WriteRows<kDim, kType>(params, item.work.is_split, targets[threadIdx.x], running);
 }

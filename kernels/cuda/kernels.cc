@@ -205,6 +205,7 @@ class CudaKernels final : public Kernels {
                               .block_table = args.block_table,
                               .out = args.out,
                               .out_dtype = args.out_dtype,
+                              .window = args.window > 0 ? args.window : kNoWindow,
                               .key_begin = is_whole ? nullptr : args.key_begin,
                               .key_end = is_whole ? nullptr : args.key_end,
                               .carried = is_whole ? nullptr : args.states,

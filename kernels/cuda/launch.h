@@ -96,6 +96,7 @@ struct TokenPlan {
   std::int32_t token;         // within the sequence
 };
 
+inline constexpr std::int32_t kNoWindow = 1 << 30;
 struct AttentionParams {
   const std::byte* q;  // [num_tokens, num_heads, head_dim] of q_dtype
   DType q_dtype;
@@ -110,6 +111,7 @@ struct AttentionParams {
   const std::int32_t* block_table;
   std::byte* out;  // [num_tokens, num_heads, head_dim] of out_dtype
   DType out_dtype;
+  std::int32_t window;  // a row sees so many keys, itself the last; kNoWindow: all up to itself
   // A pass over a part of the keys (AttentionPass of kernels/kernels.h); key_begin is null: all of them.
   const std::int32_t* key_begin;  // [num_sequences]
   const std::int32_t* key_end;    // [num_sequences]
@@ -124,8 +126,8 @@ struct AttentionParams {
   TokenPlan* plan;              // [num_tokens]
   int num_multiprocessors;
 };
-// Queues the kernel for head_dim 64 and 128 on tensor cores where q and KV are BF16 or F16, the plain one otherwise, and the
-// merge.
+// Queues the kernel for head_dim 64 and 128 on tensor cores where q and KV are BF16 or F16, the plain one otherwise,
+// and the merge.
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 // The parts of the above.
 bool TensorAttentionFits(const AttentionParams& params);

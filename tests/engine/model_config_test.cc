@@ -92,6 +92,15 @@ TEST(ModelConfig, TakesTheEmbeddingsTypeWhereNoneIsNamed) {
   EXPECT_EQ(read->weight_dtype, DType::kF16);
 }
 
+TEST(ModelConfig, ReadsASlidingWindowWhereItHasAnEffect) {
+  const nlohmann::json mistral = {"MistralForCausalLM"};
+  EXPECT_EQ(ReadWith({{"architectures", mistral}, {"sliding_window", 40}})->sliding_window, 40);
+  EXPECT_EQ(ReadWith({{"architectures", mistral}, {"sliding_window", nullptr}})->sliding_window, 0);
+  EXPECT_EQ(ReadWith({{"architectures", mistral}, {"sliding_window", 512}})->sliding_window, 0);
+  EXPECT_EQ(ReadWith({{"sliding_window", 40}})->sliding_window, 0);
+  EXPECT_FALSE(ReadWith({{"architectures", mistral}, {"sliding_window", 0}}).ok());
+}
+
 TEST(ModelConfig, NamesWhatIsNotBuilt) {
   const std::pair<nlohmann::json, const char*> cases[] = {
       {{{"architectures", {"MambaForCausalLM"}}}, "MambaForCausalLM"},

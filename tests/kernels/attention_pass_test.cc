@@ -24,10 +24,11 @@ struct Case {
   Heads heads;
   DType dtype;
   std::vector<Sequence> sequences;
+  std::int32_t window = 0;
 };
 
 Case MakeCase(Heads heads, DType dtype, const std::vector<std::pair<std::size_t, std::size_t>>& sizes, Random& random) {
-  Case result{heads, dtype, {}};
+  Case result{heads, dtype, {}, 0};
   const auto row_size = static_cast<std::size_t>(heads.num_kv_heads * 2 * heads.head_dim);
   for (const auto& [num_tokens, num_new] : sizes) {
     const auto token_size = static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim);
@@ -56,7 +57,9 @@ std::vector<Part> PartsOf(const Case& all, std::size_t begin, std::size_t end, P
 
 std::vector<float> Whole(Rig& rig, const Case& all) {
   Pool pool(all.heads, all.dtype, 2, 200, 1);
-  return RunAttention(rig, pool, all.heads.group, kLayer, all.dtype, PartsOf(all, 0, 1 << 20, pool));
+  AttentionCall call(pool, all.heads.group, kLayer, all.dtype, PartsOf(all, 0, 1 << 20, pool));
+  call.args.window = all.window;
+  return call.Run(rig);
 }
 
 // A call per range between two neighbours of `cuts`, the last range being open.
@@ -80,6 +83,7 @@ std::vector<float> InPasses(Rig& rig, const Case& all, const std::vector<std::si
                     std::numeric_limits<float>::quiet_NaN());
     }
     call.args.pass = is_last ? AttentionPass::kLast : i == 0 ? AttentionPass::kFirst : AttentionPass::kMiddle;
+    call.args.window = all.window;
     call.args.key_begin = begin.data();
     call.args.key_end = end.data();
     call.args.states = states.data();
@@ -108,14 +112,15 @@ TEST_P(AttentionPassTest, RandomCutsEqualOneCall) {
   for (const Heads heads : {Heads{2, 3, 12}, {1, 4, 64}, {1, 2, 80}, {1, 2, 128}}) {
     if (kEffort == 1 && heads.head_dim > 12) continue;
     // Decoding and prefilling sequences, shorter and longer than a segment.
-    const Case all = MakeCase(heads, dtype(), {{1030, 1}, {1, 1}, {600, 130}, {256, 2}, {513, 40}}, random);
-    const std::vector<float> whole = Whole(rig, all);
-    for (int i = 0; i < (kEffort > 1 ? 4 : 1); ++i) {
+    Case all = MakeCase(heads, dtype(), {{1030, 1}, {1, 1}, {600, 130}, {256, 2}, {513, 40}}, random);
+    for (int i = 0; i < (kEffort > 1 ? 4 : 2); ++i) {
+      all.window = i % 2 * 330;
+      const std::vector<float> whole = Whole(rig, all);
       std::vector<std::size_t> cuts = {0};
       while (cuts.size() < 2 || random.Below(3) != 0) {
         cuts.push_back(cuts.back() + kSegmentTokens * static_cast<std::size_t>(random.Below(3)));
       }
-      std::string what = "cuts";
+      std::string what = "window " + std::to_string(all.window) + ", cuts";
       for (const std::size_t cut : cuts) what.append(" ").append(std::to_string(cut));
       ExpectSame(InPasses(rig, all, cuts), whole, what);
     }

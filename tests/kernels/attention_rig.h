@@ -142,9 +142,9 @@ inline std::size_t RowsSize(const Pool& pool, std::size_t num_tokens) {
   return num_tokens * static_cast<std::size_t>(pool.layout().num_kv_heads * 2 * pool.layout().head_dim);
 }
 
-// Plain softmax attention of all queries of a part, from the same rounded values.
+// Plain softmax attention of all queries of a part, from the same rounded values; window as AttentionArgs has it.
 inline std::vector<float> Oracle(const Pool& pool, int group, DType dtype, const std::vector<float>& rows,
-                                 const Part& part) {
+                                 const Part& part, std::size_t window = 0) {
   const auto kv_heads = static_cast<std::size_t>(pool.layout().num_kv_heads);
   const auto dim = static_cast<std::size_t>(pool.layout().head_dim);
   const std::size_t num_heads = kv_heads * static_cast<std::size_t>(group);
@@ -154,20 +154,21 @@ inline std::vector<float> Oracle(const Pool& pool, int group, DType dtype, const
   for (std::size_t t = 0; t < q.size() / (num_heads * dim); ++t) {
     for (std::size_t h = 0; h < num_heads; ++h) {
       const std::size_t num_keys = static_cast<std::size_t>(part.first_position) + t + 1;
+      const std::size_t first = window > 0 && num_keys > window ? num_keys - window : 0;
       const auto at = [&](std::size_t p, std::size_t i) {
         return kv[(p * kv_heads + h / static_cast<std::size_t>(group)) * 2 * dim + i];
       };
       std::vector<double> p(num_keys);
-      for (std::size_t j = 0; j < num_keys; ++j) {
+      for (std::size_t j = first; j < num_keys; ++j) {
         for (std::size_t i = 0; i < dim; ++i) p[j] += double{q[(t * num_heads + h) * dim + i]} * at(j, i);
         p[j] /= std::sqrt(static_cast<double>(dim));
       }
-      const double max = *std::max_element(p.begin(), p.end());
+      const double max = *std::max_element(p.begin() + static_cast<std::ptrdiff_t>(first), p.end());
       double sum = 0;
-      for (double& value : p) sum += value = std::exp(value - max);
+      for (std::size_t j = first; j < num_keys; ++j) sum += p[j] = std::exp(p[j] - max);
       for (std::size_t i = 0; i < dim; ++i) {
         double value = 0;
-        for (std::size_t j = 0; j < num_keys; ++j) value += p[j] * at(j, dim + i);
+        for (std::size_t j = first; j < num_keys; ++j) value += p[j] * at(j, dim + i);
         out.push_back(static_cast<float>(value / sum));
       }
     }

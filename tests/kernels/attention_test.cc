@@ -52,6 +52,40 @@ TEST_P(AttentionTest, MatchesTheOracle) {
   }
 }
 
+TEST_P(AttentionTest, ASlidingWindowMatchesTheOracleHoweverTokensAreCut) {
+  Rig rig(target(), 3);
+  Random random(12);
+  for (const Heads heads : {Heads{2, 3, 12}, {1, 2, 64}, {1, 8, 128}}) {
+    if (is_slow() && heads.head_dim > 12) continue;
+    constexpr std::size_t kTokens = kEffort > 1 ? 620 : 300;
+    const std::size_t token_size = static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim);
+    Pool pool(heads, dtype(), 1, 50, 13);
+    const std::vector<float> rows = random.Normals(RowsSize(pool, kTokens));
+    const std::vector<std::int32_t> blocks = pool.Add(rows, 0);
+    for (const std::int32_t window : {1, 40, 100, 256, 300, 1000}) {
+      const auto run = [&](std::size_t begin, std::size_t end, const std::vector<float>& q) {
+        Part part{blocks, static_cast<std::int32_t>(begin), q};
+        part.q.assign(q.begin() + static_cast<std::ptrdiff_t>((begin - (kTokens - 90)) * token_size),
+                      q.begin() + static_cast<std::ptrdiff_t>((end - (kTokens - 90)) * token_size));
+        AttentionCall call(pool, heads.group, 0, dtype(), {part});
+        call.args.window = window;
+        return std::pair(call.Run(rig), part);
+      };
+      const std::vector<float> q = random.Normals(90 * token_size, 2);
+      const std::string what = "window " + std::to_string(window) + ", head_dim " + std::to_string(heads.head_dim);
+      const auto [whole, part] = run(kTokens - 90, kTokens, q);
+      ExpectClose(whole, Oracle(pool, heads.group, dtype(), rows, part, static_cast<std::size_t>(window)), 1e-5F, what);
+      for (const std::size_t t : {kTokens - 90, kTokens - 47, kTokens - 1}) {
+        const std::size_t at = (t - (kTokens - 90)) * token_size;
+        ExpectSameBits(run(t, t + 1, q).first,
+                       {whole.begin() + static_cast<std::ptrdiff_t>(at),
+                        whole.begin() + static_cast<std::ptrdiff_t>(at + token_size)},
+                       what + ", alone");
+      }
+    }
+  }
+}
+
 TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
   Rig rig(target());
   Random random(6);

@@ -43,6 +43,7 @@ struct RandomLlamaOptions {
   DType dtype = DType::kF32;
   bool tied = true;
   double rope_theta = 10000.0;
+  int sliding_window = 0;  // above 0: a Mistral
   int shards = 1;
 };
 
@@ -153,8 +154,9 @@ inline std::vector<NamedTensor> RandomLlamaTensors(const RandomLlamaOptions& opt
 }
 
 inline std::string RandomLlamaConfig(const RandomLlamaOptions& options) {
-  nlohmann::json config = {{"architectures", {"LlamaForCausalLM"}},
-                           {"model_type", "llama"},
+  const bool is_mistral = options.sliding_window > 0;
+  nlohmann::json config = {{"architectures", {is_mistral ? "MistralForCausalLM" : "LlamaForCausalLM"}},
+                           {"model_type", is_mistral ? "mistral" : "llama"},
                            {"attention_bias", false},
                            {"head_dim", options.head_dim},
                            {"hidden_act", "silu"},
@@ -171,6 +173,7 @@ inline std::string RandomLlamaConfig(const RandomLlamaOptions& options) {
                            {"tie_word_embeddings", options.tied},
                            {"torch_dtype", NameOf(options.dtype)},
                            {"vocab_size", options.vocab}};
+  if (is_mistral) config["sliding_window"] = options.sliding_window;
   if (options.vocab > kByteTokenizerEos) {
     config["bos_token_id"] = kByteTokenizerBos;
     config["eos_token_id"] = kByteTokenizerEos;
