@@ -235,11 +235,11 @@ INSTANTIATE_TEST_SUITE_P(Targets, AttentionTest,
 
 TEST(AttentionTargetsTest, TargetsThatMultiplyFloatsGiveTheSameBitsOnAllMachines) {
   Random random(9);
-  struct Case {
+  struct Hashed {
     Heads heads;
     std::uint64_t hash;
   };
-  for (const auto& [heads, hash] : {Case{{2, 3, 12}, 0x17a93d40d7dfedf3U}, {{1, 2, 40}, 0x44208c098d974aecU}}) {
+  for (const auto& [heads, hash] : {Hashed{{2, 3, 12}, 0x17a93d40d7dfedf3U}, {{1, 2, 40}, 0x44208c098d974aecU}}) {
     Pool pool(heads, DType::kBF16, 1, 40, 3);
     const std::vector<float> rows = random.Uniforms(RowsSize(pool, 300));
     Part part;
