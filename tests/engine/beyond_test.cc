@@ -231,6 +231,18 @@ INSTANTIATE_TEST_SUITE_P(Engine, Beyond, ::testing::ValuesIn(Cases()), [](const 
          std::to_string(test.param.host) + "_staging" + std::to_string(test.param.staging);
 });
 
+// Short, for devices that are emulated: its prompt exceeds the device tier, and so does every step after it.
+TEST(BeyondOne, DecodesWithTheBitsOfAnAmpleDeviceTier) {
+  const auto run = [](std::int64_t blocks) {
+    Rig rig = Rig::Make(Folder(), Pool(blocks, 0), {}, DTypeChoice::kAuto, nullptr, HostOf(64));
+    const Collected collected = rig.RunOne(MakeRequest(Tokens(13, 560), 4));
+    EXPECT_EQ(rig.engine->status().streamed_bytes > 0, blocks == 32);
+    ExpectNothingHeld(rig);
+    return collected.hashes();
+  };
+  EXPECT_EQ(run(32), run(64));
+}
+
 TEST(BeyondLimits, SubmitNamesBothTiers) {
   Rig rig = Rig::Make(Folder(), Pool(32, 0), {}, DTypeChoice::kAuto, nullptr, HostOf(50));
   std::vector<SequenceRequest> fits;  // 32 + 48 blocks
