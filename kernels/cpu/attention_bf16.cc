@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/tsan.h"
 #include "kernels/exp2p.h"
 
 // GCC 12 takes the deliberately undefined vectors of its own intrinsics for ours.
@@ -29,6 +30,8 @@ namespace {
 
 // Query rows whose scores of a segment are computed, weighed and summed before the next ones.
 constexpr std::int64_t kRowsPerBlock = 32;
+// Tokens whose values are packed before they are multiplied, where rows are few.
+constexpr std::int64_t kValuesPerPiece = 64;
 // How far ahead of its use memory is fetched at most.
 constexpr std::int64_t kStripsAhead = 24;
 static_assert(kBlockTokens == kTileColumns && kRowsPerBlock % kTileRows == 0);
@@ -59,65 +62,86 @@ SPILLWAY_AVX512_BF16 inline __m512i LoadWords(const std::uint16_t* from, std::in
   return _mm512_maskz_loadu_epi16(FirstWords(count), from);
 }
 
+// The 32-bit words [4 * quarter, + 4) of 16 rows, `stride` 16-bit words apart: columns[word][row].
+struct Quarter {
+  __m512i columns[4];
+};
+SPILLWAY_AVX512_BF16 inline Quarter TransposeQuarter(const std::uint16_t* from, std::int64_t stride, int quarter) {
+  __m512i rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const std::uint16_t* const at = from + i * stride + 8 * quarter;
+    const auto load = [](const std::uint16_t* p) { return reinterpret_cast<const __m128i*>(p); };
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(load(at)));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 4 * stride)), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 8 * stride)), 2);
+    rows[i] = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 12 * stride)), 3);
+  }
+  const __m512i low_01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+  const __m512i high_01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i low_23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+  const __m512i high_23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  return {{_mm512_unpacklo_epi64(low_01, low_23), _mm512_unpackhi_epi64(low_01, low_23),
+           _mm512_unpacklo_epi64(high_01, high_23), _mm512_unpackhi_epi64(high_01, high_23)}};
+}
+
 // to[column][row] = the 32-bit words of 16 rows, `stride` 16-bit words apart.
 SPILLWAY_AVX512_BF16 inline void TransposeTile(const std::uint16_t* from, std::int64_t stride, std::byte* to) {
 #pragma GCC unroll 4
   for (int quarter = 0; quarter < 4; ++quarter) {
-    __m512i rows[4];
+    const Quarter q = TransposeQuarter(from, stride, quarter);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const std::uint16_t* const at = from + i * stride + 8 * quarter;
-      const auto load = [](const std::uint16_t* p) { return reinterpret_cast<const __m128i*>(p); };
-      __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(load(at)));
-      v = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 4 * stride)), 1);
-      v = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 8 * stride)), 2);
-      rows[i] = _mm512_inserti32x4(v, _mm_loadu_si128(load(at + 12 * stride)), 3);
-    }
-    const __m512i low_01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
-    const __m512i high_01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
-    const __m512i low_23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
-    const __m512i high_23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-    std::byte* const out = to + quarter * 256;
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low_01, low_23));
-    _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(low_01, low_23));
-    _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi64(high_01, high_23));
-    _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi64(high_01, high_23));
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + quarter * 256 + i * 64, q.columns[i]);
   }
 }
 
+// 2^x for weights, which are rounded to bf16 right away: within 7.5e-5 of it, a twentieth of what the rounding costs.
+SPILLWAY_AVX512_BF16 inline __m512 Exp2OfWeight(__m512 x) {
+  constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const __m512 rest = _mm512_reduce_ps(x, kFloor);  // x - floor(x)
+  __m512 p = _mm512_set1_ps(0x1.3f96a6p-4F);
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0x1.cefc5p-3F));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0x1.64444ap-1F));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0x1.fff632p-1F));
+  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
+}
+
 // Turns raw scores of keys [first, num_keys) into weights 2^(scale * score - max), rounded, and the others into zeros
-// up to `padded_keys`, a multiple of 32.
+// up to `padded_keys`, a multiple of 32. `scale` is positive.
 SPILLWAY_AVX512_BF16 void WeighRow(const float* scores, std::int64_t first, std::int64_t num_keys,
                                    std::int64_t padded_keys, float scale, std::uint16_t* weights,
                                    AttentionState& state) {
+  first = std::min(first, std::max<std::int64_t>(num_keys, 0));
   const auto lanes = [&](std::int64_t at) {
     const __mmask16 mask = FirstLanes(std::max<std::int64_t>(num_keys - at, 0));
     return at < first ? static_cast<__mmask16>(mask & ~FirstLanes(first - at)) : mask;
   };
   const __m512 factor = _mm512_set1_ps(scale);
   __m512 max = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (std::int64_t i = 0; i < num_keys; i += 16) {
-    const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + i), factor);
-    max = _mm512_mask_max_ps(max, lanes(i), max, score);
+  std::int64_t i = first / 16 * 16;
+  if (i < first) {
+    max = _mm512_mask_max_ps(max, lanes(i), max, _mm512_loadu_ps(scores + i));
+    i += 16;
   }
-  state.max = _mm512_reduce_max_ps(max);
+  for (; i + 16 <= num_keys; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(scores + i));
+  if (i < num_keys) max = _mm512_mask_max_ps(max, FirstLanes(num_keys - i), max, _mm512_loadu_ps(scores + i));
+  state.max = _mm512_reduce_max_ps(max) * scale;
   max = _mm512_set1_ps(state.max);
-  __m512 sum = _mm512_setzero_ps();
-  std::int64_t i = 0;
-  for (; i < num_keys; i += 32) {
-    __m512 low = Exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, max));
-    __m512 high = Exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), factor, max));
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (i = 0; i < num_keys; i += 32) {
+    __m512 low = Exp2OfWeight(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, max));
+    __m512 high = Exp2OfWeight(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), factor, max));
     if (num_keys - i < 32 || i < first) {
       low = _mm512_maskz_mov_ps(lanes(i), low);
       high = _mm512_maskz_mov_ps(lanes(i + 16), high);
     }
     const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     _mm512_storeu_si512(weights + i, rounded);
-    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
-    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(-0x10000))));
+    sums[0] = _mm512_add_ps(sums[0], _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
+    sums[1] = _mm512_add_ps(sums[1], _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(-0x10000))));
   }
   for (; i < padded_keys; i += 32) _mm512_storeu_si512(weights + i, _mm512_setzero_si512());
-  state.sum = _mm512_reduce_add_ps(sum);
+  state.sum = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 }
 
 template <typename Out>
@@ -200,6 +224,7 @@ class TileRun {
   void Run() {
     const AttentionTile& tile = rows_.tile();
     CopyQueries();
+    if (has_few_rows()) PackQueries();
     if (tile.segment_states == nullptr) states_.Begin();
     for (std::int64_t begin = tile.key_begin; begin < tile.key_end; begin += kSegmentTokens) RunSegment(begin);
     if (tile.segment_states == nullptr) states_.Finish();
@@ -221,6 +246,43 @@ class TileRun {
       const auto* const from = reinterpret_cast<const std::uint16_t*>(rows_.args().q) + rows_.OffsetOf(r);
       for (std::int64_t d = 0; d < padded_dim_; d += 32) {
         _mm512_storeu_si512(memory_.queries + r * padded_dim_ + d, LoadWords(from + d, dim_ - d));
+      }
+    }
+  }
+
+  // Then keys are the left matrix of their products with queries, as they lie in memory, and scores are transposed
+  // instead. The bits are the same: products commute.
+  bool has_few_rows() const { return tiles_.reads_rows_in_place && rows_.size() <= kTileRows && dim_ == padded_dim_; }
+
+  // Tiles [depth], into the memory of keys.
+  SPILLWAY_AVX512_BF16 void PackQueries() {
+    for (std::int64_t d = 0; d < depth_; ++d) {
+      TransposeTile(memory_.queries + d * kTileDepth, padded_dim_,
+                    memory_.keys + d * static_cast<std::int64_t>(kTileBytes));
+    }
+  }
+
+  // Scores of all rows, few, for the keys of [at, end) in the segment at `begin`.
+  SPILLWAY_AVX512_BF16 void MultiplyKeysInPlace(std::int64_t begin, std::int64_t end) {
+    float* const turned = memory_.outs;  // [key][row]
+    for (std::int64_t at = begin; at < end; at += kBlockTokens) {
+      const std::int64_t block = at / kBlockTokens;
+      for (std::int64_t d = 0; d < depth_; ++d) FetchAhead(block, 16);
+      DeclareRead(StripOf(block), rows_.args().kv.layout.strip_bytes());
+      tiles_.multiply({.a = StripOf(block),
+                       .a_stride = 2 * dim_,
+                       .num_rows = kBlockTokens,
+                       .b = memory_.keys,
+                       .b_depth_stride = kTileBytes,
+                       .num_columns = 1,
+                       .depth = depth_,
+                       .c = turned,
+                       .c_stride = kTileColumns});
+      float* const scores = memory_.scores + (at - begin);
+      for (int quarter = 0; 4 * quarter < rows_.size(); ++quarter) {
+        const Quarter q = TransposeQuarter(reinterpret_cast<const std::uint16_t*>(turned), 2 * kTileColumns, quarter);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(scores + (4 * quarter + i) * kSegmentTokens, q.columns[i]);
       }
     }
   }
@@ -297,10 +359,15 @@ class TileRun {
     std::int64_t r = rows_.FirstRowOf(begin);
     // One block of rows: packed and multiplied piece by piece, so that what is packed stays in the nearest cache.
     if (rows_.size() - r <= kRowsPerBlock) {
-      for (std::int64_t at = begin; at < end; at += kTileDepth) {
-        const std::int64_t at_end = std::min(at + kTileDepth, end);
-        PackKeys(at, at_end);
-        MultiplyKeys(begin, at, at_end, r, rows_.size());
+      if (has_few_rows()) {
+        r = 0;  // rows that see none of the keys are weighed to nothing
+        MultiplyKeysInPlace(begin, end);
+      } else {
+        for (std::int64_t at = begin; at < end; at += kTileDepth) {
+          const std::int64_t at_end = std::min(at + kTileDepth, end);
+          PackKeys(at, at_end);
+          MultiplyKeys(begin, at, at_end, r, rows_.size());
+        }
       }
       Weigh(begin, end, r, rows_.size());
       if (AddValues(begin, end, r, r, rows_.size())) {
@@ -371,8 +438,8 @@ class TileRun {
   bool AddValues(std::int64_t begin, std::int64_t end, std::int64_t block, std::int64_t row_begin,
                  std::int64_t row_end) {
     bool is_finite = true;
-    for (std::int64_t at = begin; at < end; at += kTileDepth) {
-      const std::int64_t at_end = std::min(at + kTileDepth, end);
+    for (std::int64_t at = begin; at < end; at += kValuesPerPiece) {
+      const std::int64_t at_end = std::min(at + kValuesPerPiece, end);
       is_finite = PackValues(at, at_end) && is_finite;
       MultiplyValues(begin, at, at_end, block, row_begin, row_end);
     }
@@ -381,10 +448,56 @@ class TileRun {
 
   // The outputs of rows [row_begin, row_end) of the block at `block` are complete.
   void TakeRows(std::int64_t begin, std::int64_t block, std::int64_t row_begin, std::int64_t row_end) {
+    if (rows_.tile().segment_states == nullptr) {
+      for (std::int64_t r = row_begin; r < row_end; r += kTileRows) {
+        MergeRows(block, row_begin, r, std::min(r + kTileRows, row_end));
+      }
+      return;
+    }
     for (std::int64_t r = row_begin; r < row_end; ++r) {
       AttentionState& state = segment_states_[r - block];
       state.out = memory_.outs + (r - row_begin) * padded_dim_;
       states_.Take(begin, r, state);
+    }
+  }
+
+  // MergeAttentionState of up to 16 rows at once: its factors are computed side by side.
+  SPILLWAY_AVX512_BF16 void MergeRows(std::int64_t block, std::int64_t first_out, std::int64_t row_begin,
+                                      std::int64_t row_end) {
+    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const __m512 one = _mm512_set1_ps(1);
+    alignas(64) float maxes[2][kTileRows];  // running, segment
+    alignas(64) float sums[2][kTileRows];
+    const std::int64_t num_rows = row_end - row_begin;
+    for (std::int64_t i = 0; i < num_rows; ++i) {
+      const AttentionState& running = states_.Of(row_begin + i);
+      const AttentionState& segment = segment_states_[row_begin + i - block];
+      maxes[0][i] = running.max;
+      maxes[1][i] = segment.max;
+      sums[0][i] = running.sum;
+      sums[1][i] = segment.sum;
+    }
+    const __m512 running_max = _mm512_load_ps(maxes[0]);
+    const __m512 segment_max = _mm512_load_ps(maxes[1]);
+    const __mmask16 is_higher = _mm512_cmp_ps_mask(segment_max, running_max, _CMP_GT_OQ);
+    const __mmask16 has_keys = _mm512_mask_cmp_ps_mask(FirstLanes(num_rows), segment_max, nothing, _CMP_NEQ_UQ);
+    const __m512 max = _mm512_mask_mov_ps(running_max, is_higher, segment_max);
+    alignas(64) float factors[2][kTileRows];
+    const __m512 a = _mm512_mask_mov_ps(one, is_higher, Exp2(_mm512_sub_ps(running_max, max)));
+    const __m512 b = _mm512_mask_mov_ps(Exp2(_mm512_sub_ps(segment_max, max)), is_higher, one);
+    _mm512_store_ps(factors[0], a);
+    _mm512_store_ps(factors[1], b);
+    _mm512_store_ps(maxes[0], max);
+    _mm512_store_ps(
+        sums[0], _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(sums[0]), a), _mm512_mul_ps(_mm512_load_ps(sums[1]), b)));
+    const StateArithmetic<float> arithmetic{dim_, nullptr};
+    for (std::int64_t i = 0; i < num_rows; ++i) {
+      if ((has_keys >> i & 1U) == 0) continue;
+      AttentionState& running = states_.Of(row_begin + i);
+      running.max = maxes[0][i];
+      running.sum = sums[0][i];
+      arithmetic.ScaleAdd(running.out, factors[0][i], memory_.outs + (row_begin + i - first_out) * padded_dim_,
+                          factors[1][i]);
     }
   }
 

@@ -122,6 +122,8 @@ class RowStates {
     }
   }
 
+  AttentionState& Of(std::int64_t r) { return states_[r]; }
+
   // Row r's state of the segment at `begin`: merged, or kept where the tile keeps its segments.
   void Take(std::int64_t begin, std::int64_t r, const AttentionState& segment) {
     if (rows_.tile().segment_states == nullptr) {
