@@ -127,8 +127,9 @@ class DenseDecoder : public Model {
     float* residual;    // [tokens, hidden]
     float* cos_sin;     // [tokens, head_dim]
     float* wide;        // [tokens, max(qkv width, 2 * inner)]
+    std::byte* inner;   // [tokens, inner] of dtype
     std::byte* query;   // [tokens, heads * head_dim] of dtype
-    std::byte* narrow;  // [tokens, max(hidden, heads * head_dim, inner)] of dtype
+    std::byte* narrow;  // [tokens, max(hidden, heads * head_dim)] of dtype
     std::byte* last;    // [sampled, hidden] of dtype
     float* logits;      // [sampled, vocab]
   };
@@ -270,7 +271,8 @@ DenseDecoder::Workspace DenseDecoder::LayOut(Arena& arena, std::int64_t max_toke
   workspace.cos_sin = floats(max_tokens, config_.head_dim);
   workspace.wide = floats(max_tokens, std::max(query_width() + 2 * kv_width(), 2 * inner));
   workspace.query = values(max_tokens, query_width());
-  workspace.narrow = values(max_tokens, std::max({std::int64_t{config_.hidden}, query_width(), inner}));
+  workspace.inner = values(max_tokens, inner);
+  workspace.narrow = values(max_tokens, std::max<std::int64_t>(config_.hidden, query_width()));
   workspace.last = values(max_sampled, config_.hidden);
   workspace.logits = floats(max_sampled, config_.vocab);
   return workspace;
@@ -355,11 +357,14 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
     Attend(stream, arrays, kv, i);
     gemm(w.narrow, num_tokens, *layer.output, GemmOutput::kAdd, w.residual);
     norm(layer.post_norm, nullptr, num_tokens, w.narrow);
-    gemm(w.narrow, num_tokens, *layer.gate_up, GemmOutput::kStore, w.wide);
-    kernels.SiluMul(
-        stream,
-        {.gate_up = w.wide, .num_tokens = num_tokens, .inner = config_.inner, .out = w.narrow, .out_dtype = dtype_});
-    gemm(w.narrow, num_tokens, *layer.down, GemmOutput::kAdd, w.residual);
+    kernels.GateUp(stream, {.a = w.narrow,
+                            .a_dtype = dtype_,
+                            .num_rows = num_tokens,
+                            .weight = layer.gate_up.get(),
+                            .product = w.wide,
+                            .out = w.inner,
+                            .out_dtype = dtype_});
+    gemm(w.inner, num_tokens, *layer.down, GemmOutput::kAdd, w.residual);
   }
   if (arrays.num_sampled == 0) return w.logits;
   norm(final_norm_, arrays.sampled_rows, arrays.num_sampled, w.last);

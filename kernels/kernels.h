@@ -163,6 +163,21 @@ struct SiluMulArgs {
   DType out_dtype = DType::kF32;
 };
 
+// out[t, i] = silu(product[t, i]) * product[t, inner + i], the product being a * weight: a Gemm and a SiluMul, with the
+// same bits.
+struct GateUpArgs {
+  const std::byte* a = nullptr;  // as in GemmArgs
+  DType a_dtype = DType::kF32;
+  std::int64_t num_rows = 0;
+  const PackedMatrix* weight = nullptr;  // [2 * inner, hidden]: gate's rows, then up's
+  float* product = nullptr;              // [num_rows, 2 * inner], working memory
+  std::byte* out = nullptr;              // [num_rows, inner] of out_dtype, apart from `a`
+  DType out_dtype = DType::kF32;
+};
+
+GemmArgs GemmOf(const GateUpArgs& args);
+SiluMulArgs SiluMulOf(const GateUpArgs& args);
+
 // Sampling of one row. docs/sampling.md is the specification that all devices share.
 struct SampleRow {
   float temperature = 0;   // 0 = greedy
@@ -225,6 +240,9 @@ class Kernels {
   virtual void Attention(Stream& stream, const AttentionArgs& args) const = 0;
   virtual void SiluMul(Stream& stream, const SiluMulArgs& args) const = 0;
   virtual void Sample(Stream& stream, const SampleArgs& args) const = 0;
+
+  // Gemm, then SiluMul, unless a device does both in one pass.
+  virtual void GateUp(Stream& stream, const GateUpArgs& args) const;
 };
 
 }  // namespace spillway

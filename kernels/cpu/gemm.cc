@@ -115,6 +115,10 @@ absl::Status PanelMatrix::Multiply(const WorkPlace& place, const GemmArgs& args)
 
 }  // namespace
 
+absl::Status CpuMatrix::MultiplyGateUp(const WorkPlace&, const GateUpArgs&) const {
+  return absl::InternalError("this matrix does not multiply gate and up in one pass");
+}
+
 std::vector<const std::byte*> RowsOf(std::span<const MatrixView> parts) {
   std::vector<const std::byte*> rows;
   for (const MatrixView& part : parts) {

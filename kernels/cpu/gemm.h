@@ -44,6 +44,12 @@ struct GemmSlice {
 
 struct DotPiece;
 
+// A body of gemm_dot.h.
+struct DotBody {
+  void (*multiply)(const DotPiece&) = nullptr;  // null: there is none
+  bool wants_tiles = false;                     // of more than two tiles of rows
+};
+
 // Of a row of integers.
 struct Int8Sum {
   float scale = 0;
@@ -63,12 +69,23 @@ struct GemmWrite {
   std::int64_t column_end = 0;
 };
 
+// Finished sums of a panel of gate and of its panel of up.
+struct SiluMulWrite {
+  const float* gate = nullptr;  // [num_rows, 32]
+  const float* up = nullptr;
+  std::int64_t num_rows = 0;
+  std::byte* out = nullptr;  // at the panel's first column
+  DType out_dtype = DType::kF32;
+  std::int64_t out_stride = 0;  // elements between rows
+};
+
 struct GemmBodies {
   std::int64_t rows_per_block;  // at most
   void (*f32)(const GemmSlice&);
   void (*bf16)(const GemmSlice&);
   void (*write_out)(const GemmWrite&);
-  void (*int8)(const DotPiece&);  // of gemm_dot.h
+  void (*silu_mul)(const SiluMulWrite&);
+  DotBody int8;
   // Rounds a row to INT8; returns its scale and the sum of its integers.
   Int8Sum (*round_to_int8)(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out);
   // Turns the sums of some rows x 32 columns into floats, in place.
@@ -82,6 +99,9 @@ class CpuMatrix : public PackedMatrix {
  public:
   // On the stream's thread. args.weight is this.
   virtual absl::Status Multiply(const WorkPlace& place, const GemmArgs& args) const = 0;
+  // Whether it makes a GateUp in one pass; if so, on the stream's thread.
+  virtual bool MultipliesGateUp() const { return false; }
+  virtual absl::Status MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const;
 
  protected:
   using PackedMatrix::PackedMatrix;

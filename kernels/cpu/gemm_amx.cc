@@ -20,12 +20,13 @@ namespace {
 
 #define SPILLWAY_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
 
-constexpr std::int64_t kTileRows = 16;
+constexpr std::int64_t kTileRows = kDotTileRows;
 constexpr std::int64_t kSumBytes = 4;
 constexpr std::int64_t kSumsStride = kPanelColumns * kSumBytes;
 constexpr std::int64_t kHalfStride = kDotHalfColumns * kSumBytes;
-// How far ahead of its use a panel is fetched.
-constexpr std::int64_t kPrefetchBytes = 4096;
+// How far ahead of its use a panel is fetched into the second-level cache, which has more reads under way than the
+// first.
+constexpr std::int64_t kPrefetchBytes = 16384;
 
 // Tiles, which the intrinsics want as literals: 0 to 3 sums of (upper, lower) rows x (first, second) half of the panel,
 // 4 and 5 the upper and lower rows, 6 and 7 the halves.
@@ -55,37 +56,76 @@ constexpr auto kConfigs = [] {
 }();
 
 // Signed activations times unsigned weights.
-#define SPILLWAY_TILE_DOT(sums, a, weights)   \
-  if constexpr (kElement == Element::kBF16) { \
-    _tile_dpbf16ps(sums, a, weights);         \
-  } else {                                    \
-    _tile_dpbsud(sums, a, weights);           \
-  }
+#define SPILLWAY_TILE_DOT(sums, a, weights)     \
+  do {                                          \
+    if constexpr (kElement == Element::kBF16) { \
+      _tile_dpbf16ps(sums, a, weights);         \
+    } else {                                    \
+      _tile_dpbsud(sums, a, weights);           \
+    }                                           \
+  } while (false)
 
 enum class Element : std::uint8_t { kBF16, kInt8 };
 
-template <Element kElement, bool kHasLower, bool kIsStreamed>
-SPILLWAY_AMX void MultiplyBlocks(const DotPiece& piece, const std::byte* a) {
-  const std::byte* const lower = a + kTileRows * piece.a_stride;
+// Few rows: the panel comes from memory and is read once, while the rows stay in the nearest cache.
+template <Element kElement, bool kHasLower>
+SPILLWAY_AMX void MultiplyFew(const DotPiece& piece) {
+  const std::byte* const a = piece.a.data;
+  const std::byte* const lower = a + piece.a.tile_stride;
   for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
     const std::byte* const panel = piece.panel + block * 2 * kDotHalfBytes;
-    if constexpr (kIsStreamed) {
 #pragma GCC unroll 32
-      for (std::int64_t i = 0; i < 2 * kDotHalfBytes; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(panel) + kPrefetchBytes + i, _MM_HINT_T0);
-      }
+    for (std::int64_t i = 0; i < 2 * kDotHalfBytes; i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(panel) + kPrefetchBytes + i, _MM_HINT_T1);
     }
-    _tile_loadd(6, panel, kDotBlockBytes);
-    _tile_loadd(4, a + block * kDotBlockBytes, piece.a_stride);
+    _tile_stream_loadd(6, panel, kDotBlockBytes);
+    _tile_loadd(4, a + block * piece.a.block_stride, piece.a.row_stride);
     SPILLWAY_TILE_DOT(0, 4, 6);
-    _tile_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
+    _tile_stream_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
     SPILLWAY_TILE_DOT(1, 4, 7);
     if constexpr (kHasLower) {
-      _tile_loadd(5, lower + block * kDotBlockBytes, piece.a_stride);
+      _tile_loadd(5, lower + block * piece.a.block_stride, piece.a.row_stride);
       SPILLWAY_TILE_DOT(2, 5, 6);
       SPILLWAY_TILE_DOT(3, 5, 7);
     }
   }
+}
+
+// Lines that are fetched into the second-level cache, so many with each block.
+struct Fetch {
+  const std::byte* at;
+  const std::byte* end;
+  std::int64_t bytes_per_block;
+};
+
+// Many rows stream past a piece of a panel, which stays in the nearest cache: the rows must not push it out, so they
+// are loaded with the hint that they are not used again soon. A tile is loaded as soon as its register is free.
+template <Element kElement, bool kHasLower>
+SPILLWAY_AMX void MultiplyMany(const DotPiece& piece, const std::byte* a, Fetch& fetch) {
+  const std::byte* lower = a + piece.a.tile_stride;
+  const std::byte* panel = piece.panel;
+  const std::byte* at = fetch.at;
+  const std::int64_t row_stride = piece.a.row_stride;
+  const std::int64_t block_stride = piece.a.block_stride;
+  _tile_stream_loadd(4, a, row_stride);
+  _tile_loadd(6, panel, kDotBlockBytes);
+  for (std::int64_t block = 1; block <= piece.num_blocks; ++block) {
+    const std::byte* const fetch_end = std::min(at + fetch.bytes_per_block, fetch.end);
+    for (; at < fetch_end; at += 64) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    const bool has_next = block < piece.num_blocks;
+    SPILLWAY_TILE_DOT(0, 4, 6);
+    _tile_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
+    SPILLWAY_TILE_DOT(1, 4, 7);
+    if constexpr (kHasLower) _tile_stream_loadd(5, lower, row_stride);
+    a += block_stride;
+    panel += 2 * kDotHalfBytes;
+    lower += block_stride;
+    if (has_next) _tile_stream_loadd(4, a, row_stride);
+    if constexpr (kHasLower) SPILLWAY_TILE_DOT(2, 5, 6);
+    if (has_next) _tile_loadd(6, panel, kDotBlockBytes);
+    if constexpr (kHasLower) SPILLWAY_TILE_DOT(3, 5, 7);
+  }
+  fetch.at = at;
 }
 
 SPILLWAY_AMX void BeginSums(const DotPiece& piece, std::byte* sums, bool has_lower) {
@@ -114,16 +154,34 @@ SPILLWAY_AMX void EndSums(std::byte* sums, bool has_lower) {
   _tile_stored(3, lower + kHalfStride, kSumsStride);
 }
 
-template <Element kElement>
-SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
-  for (std::int64_t m = 0; m < piece.num_rows; ++m) {
-    DeclareRead(piece.a + m * piece.a_stride, static_cast<std::size_t>(piece.num_blocks * kDotBlockBytes));
+void DeclareAccess(const DotPiece& piece) {
+  for (std::int64_t m = 0; m < piece.num_rows; m += kTileRows) {
+    const std::byte* const tile = piece.a.data + m / kTileRows * piece.a.tile_stride;
+    const std::int64_t rows = std::min(piece.num_rows - m, kTileRows);
+    if (piece.a.block_stride == kDotBlockBytes) {
+      for (std::int64_t r = 0; r < rows; ++r) {
+        DeclareRead(tile + r * piece.a.row_stride, static_cast<std::size_t>(piece.num_blocks * kDotBlockBytes));
+      }
+      continue;
+    }
+    for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
+      DeclareRead(tile + block * piece.a.block_stride, static_cast<std::size_t>(rows * kDotBlockBytes));
+    }
   }
   DeclareRead(piece.panel, static_cast<std::size_t>(piece.num_blocks * 2 * kDotHalfBytes));
   DeclareWrite(piece.sums, static_cast<std::size_t>(piece.num_rows * kSumsStride));
+}
 
+template <Element kElement>
+SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
+  DeclareAccess(piece);
+  const std::int64_t num_pairs = (piece.num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
+  const std::int64_t lines_per_block =
+      (piece.next_bytes / 64 + num_pairs * piece.num_blocks - 1) / (num_pairs * piece.num_blocks);
+  Fetch fetch = {piece.next, piece.next == nullptr ? nullptr : piece.next + piece.next_bytes, 64 * lines_per_block};
   std::int64_t configured_rows = 0;
-  for (std::int64_t m = 0; m < piece.num_rows; m += 2 * kTileRows) {
+  for (std::int64_t pair = 0; pair < num_pairs; ++pair) {
+    const std::int64_t m = pair * 2 * kTileRows;
     const std::int64_t rows = std::min(piece.num_rows - m, 2 * kTileRows);
     const bool has_lower = rows > kTileRows;
     if (rows != configured_rows) {
@@ -131,12 +189,12 @@ SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
       configured_rows = rows;
     }
     std::byte* const sums = piece.sums + m * kSumsStride;
-    const std::byte* const a = piece.a + m * piece.a_stride;
+    const std::byte* const a = piece.a.data + 2 * pair * piece.a.tile_stride;
     BeginSums(piece, sums, has_lower);
-    if (m == 0) {  // the rows that follow find the panel in a cache
-      has_lower ? MultiplyBlocks<kElement, true, true>(piece, a) : MultiplyBlocks<kElement, false, true>(piece, a);
+    if (num_pairs == 1) {
+      has_lower ? MultiplyFew<kElement, true>(piece) : MultiplyFew<kElement, false>(piece);
     } else {
-      has_lower ? MultiplyBlocks<kElement, true, false>(piece, a) : MultiplyBlocks<kElement, false, false>(piece, a);
+      has_lower ? MultiplyMany<kElement, true>(piece, a, fetch) : MultiplyMany<kElement, false>(piece, a, fetch);
     }
     EndSums(sums, has_lower);
   }
@@ -149,7 +207,7 @@ absl::StatusOr<DotBodies> AmxDotBodies() {
   if (!HasAmx()) {
     return absl::FailedPreconditionError("this machine has no amx, or the system does not let this process use it");
   }
-  return DotBodies{MultiplyPiece<Element::kBF16>, MultiplyPiece<Element::kInt8>};
+  return DotBodies{{MultiplyPiece<Element::kBF16>, true}, {MultiplyPiece<Element::kInt8>, true}};
 }
 
 #else

@@ -47,7 +47,7 @@ SPILLWAY_AVX512_DOT inline __m512i BroadcastGroup(const std::byte* from) {
 
 template <typename Element, int kRows>
 SPILLWAY_AVX512_DOT void MultiplyRows(const DotPiece& piece, std::int64_t first_row, bool is_streamed) {
-  const std::byte* const a = piece.a + first_row * piece.a_stride;
+  const std::byte* const a = piece.a.data + first_row * piece.a.row_stride;
   std::byte* const sums = piece.sums + first_row * kSumsStride;
   __m512i first[kRows];
   __m512i second[kRows];
@@ -68,7 +68,8 @@ SPILLWAY_AVX512_DOT void MultiplyRows(const DotPiece& piece, std::int64_t first_
       const __m512i weights_second = _mm512_loadu_si512(at + kDotHalfBytes);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        const __m512i value = BroadcastGroup(a + r * piece.a_stride + block * kDotBlockBytes + group * kDotGroupBytes);
+        const __m512i value =
+            BroadcastGroup(a + r * piece.a.row_stride + block * kDotBlockBytes + group * kDotGroupBytes);
         first[r] = Element::Dot(first[r], weights_first, value);
         second[r] = Element::Dot(second[r], weights_second, value);
       }
@@ -115,7 +116,7 @@ bool HasInstructions() {
 
 absl::StatusOr<DotBodies> Avx512DotBodies() {
   if (!HasInstructions()) return absl::FailedPreconditionError("this machine has no avx512_bf16");
-  return DotBodies{MultiplyPiece<BF16>, MultiplyPiece<Int8>};
+  return DotBodies{{MultiplyPiece<BF16>}, {MultiplyPiece<Int8>}};
 }
 
 #else

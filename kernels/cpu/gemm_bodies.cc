@@ -131,6 +131,25 @@ void WriteOut(const GemmWrite& write) {
   }
 }
 
+template <typename T>
+void SiluMulRows(const SiluMulWrite& write, T* out) {
+  for (std::int64_t m = 0; m < write.num_rows; ++m) {
+    for (std::int64_t n = 0; n < kPanelColumns; n += kLanes) {
+      const std::int64_t at = m * kPanelColumns + n;
+      StoreNarrow(SiluMul(hn::LoadU(F(), write.gate + at), hn::LoadU(F(), write.up + at)),
+                  out + m * write.out_stride + n);
+    }
+  }
+}
+
+void WriteSiluMul(const SiluMulWrite& write) {
+  if (write.out_dtype == DType::kF32) {
+    SiluMulRows(write, reinterpret_cast<float*>(write.out));
+  } else {
+    SiluMulRows(write, reinterpret_cast<std::uint16_t*>(write.out));
+  }
+}
+
 template <typename W>
 void Gemm(const GemmSlice& work) {
   const std::int64_t num_panels = work.panel_end - work.panel_begin;
@@ -265,12 +284,12 @@ void Int8Piece(const DotPiece& piece) {
   for (std::int64_t m = 0; m < piece.num_rows; ++m) {
     auto* const sums = reinterpret_cast<std::int32_t*>(piece.sums) + m * kPanelColumns;
     if (piece.is_first) std::fill(sums, sums + kPanelColumns, 0);
-    Int8Row(piece, reinterpret_cast<const std::int8_t*>(piece.a + m * piece.a_stride), sums);
+    Int8Row(piece, reinterpret_cast<const std::int8_t*>(piece.a.data + m * piece.a.row_stride), sums);
   }
 }
 
-constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>, WriteOut, Int8Piece,
-                                    RoundToInt8,   ScaleInt8};
+constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>, WriteOut,
+                                    WriteSiluMul,  {Int8Piece}, RoundToInt8,         ScaleInt8};
 
 }  // namespace spillway::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -12,16 +12,24 @@
 namespace spillway::cpu {
 namespace {
 
-// Rows of one pass over a slice's panels: their activations stay in the second-level cache.
-constexpr std::int64_t kBytesPerPass = std::int64_t{1} << 20;
-// Cut of k where several tiles of rows read the same piece of a panel.
-constexpr std::int64_t kBlocksPerCut = 32;
-// Up to so many rows memory is the limit, and small slices balance it over the workers.
-constexpr std::int64_t kFewRows = 64;
-constexpr std::int64_t kMaxPanelsOfFewRows = 4;
-constexpr std::int64_t kMaxPanelsPerSlice = 12;
-// Up to so many rows are rounded by one worker.
-constexpr std::int64_t kFewRowsToRound = 8;
+// Up to so many rows memory is the limit.
+constexpr std::int64_t kFewRows = 2 * kDotTileRows;
+constexpr std::int64_t kSlicesPerWorkerOfFewRows = 4;
+constexpr std::int64_t kSlicesPerWorker = 2;
+constexpr std::int64_t kMaxPanelsPerSlice = 8;
+// More rows meet a panel in cuts of k that stay in the first-level cache while all rows of a pass stream by, and the
+// rows of a pass in chunks of k that stay in the second-level cache while all panels of a slice do.
+constexpr std::int64_t kBlocksPerCut = 16;
+constexpr std::int64_t kBlocksPerChunk = 32;
+constexpr std::int64_t kChunkBytes = std::int64_t{768} << 10;
+// Up to so many rows are rearranged by one worker.
+constexpr std::int64_t kRowsPerItem = 16;
+
+// `total` in equal parts of `most` at most: the size of all but the last.
+std::int64_t EqualParts(std::int64_t total, std::int64_t most) {
+  const std::int64_t parts = (total + most - 1) / most;
+  return (total + parts - 1) / parts;
+}
 
 // Columns [0, columns.size()) of a panel, each `depth_bytes` long, at any address.
 void PackPanel(std::span<const std::byte* const> columns, std::int64_t depth_bytes, std::byte* panel) {
@@ -57,110 +65,201 @@ class DotMatrix final : public CpuMatrix {
         weights_(std::move(weights)) {}
 
   absl::Status Multiply(const WorkPlace& place, const GemmArgs& args) const override;
+  bool MultipliesGateUp() const override { return rows() % (2 * kPanelColumns) == 0; }
+  absl::Status MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const override;
 
  private:
   std::int64_t num_panels() const { return (rows() + kPanelColumns - 1) / kPanelColumns; }
   std::int64_t num_blocks() const { return weights_.num_blocks; }
   bool is_int8() const { return !weights_.scales.empty(); }
 
-  // Whole blocks of k, as the bodies read them.
   struct Activations {
-    const std::byte* data = nullptr;
-    std::int64_t stride = 0;
-    std::span<const Int8Sum> rows;  // where they are INT8
+    DotRows rows;
+    std::span<const Int8Sum> sums;  // where they are INT8
   };
-  Activations PadBF16(const WorkPlace& place, const GemmArgs& args) const;
-  Activations RoundToInt8(const WorkPlace& place, const GemmArgs& args) const;
-  void MultiplySlice(const GemmArgs& args, const Activations& a, std::int64_t panel_begin, std::int64_t panel_end,
-                     Scratch& scratch) const;
+  // What becomes of finished sums.
+  struct Output {
+    const GemmArgs* gemm = nullptr;       // one of the two
+    const GateUpArgs* gate_up = nullptr;  // the panels that belong together are half of all panels apart
+
+    std::int64_t panels_per_group() const { return gate_up != nullptr ? 2 : 1; }
+  };
+  struct Slice {
+    std::int64_t row_begin = 0;
+    std::int64_t row_end = 0;
+    std::int64_t begin = 0;  // of the panels in the order in which they are multiplied
+    std::int64_t end = 0;
+  };
+
+  absl::Status MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
+                            const Output& output) const;
+  Activations Arrange(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows) const;
+  void MultiplySlice(const Activations& a, const Output& output, const Slice& slice, Scratch& scratch) const;
+  void Finish(const Activations& a, const Output& output, const Slice& slice, std::int64_t index,
+              std::byte* sums) const;
+
+  // Of the panel that is multiplied index-th: the halves of gate and up alternate.
+  std::int64_t PanelAt(const Output& output, std::int64_t index) const {
+    return output.gate_up != nullptr ? index % 2 * (num_panels() / 2) + index / 2 : index;
+  }
+  const std::byte* PanelData(std::int64_t panel, std::int64_t block) const {
+    return weights_.panels.get() + (panel * num_blocks() + block) * 2 * kDotHalfBytes;
+  }
 
   const DotBody body_;
   const GemmBodies& bodies_;
   const Weights weights_;
 };
 
-DotMatrix::Activations DotMatrix::PadBF16(const WorkPlace& place, const GemmArgs& args) const {
-  const std::int64_t row_bytes = cols() * 2;
+// Rows as the body reads them: the caller's own where they are that.
+DotMatrix::Activations DotMatrix::Arrange(const WorkPlace& place, const std::byte* a, DType a_dtype,
+                                          std::int64_t num_rows) const {
+  const std::int64_t row_bytes = cols() * static_cast<std::int64_t>(SizeOf(a_dtype));
   const std::int64_t padded_bytes = num_blocks() * kDotBlockBytes;
-  if (row_bytes == padded_bytes) return {args.a, row_bytes, {}};
-  std::byte* const padded = place.call.Get(static_cast<std::size_t>(args.num_rows * padded_bytes));
-  for (std::int64_t m = 0; m < args.num_rows; ++m) {
-    std::byte* const row = padded + m * padded_bytes;
-    std::memcpy(row, args.a + m * row_bytes, static_cast<std::size_t>(row_bytes));
-    std::memset(row + row_bytes, 0, static_cast<std::size_t>(padded_bytes - row_bytes));
+  const bool in_tiles = body_.wants_tiles && num_rows > kFewRows;
+  if (!in_tiles && !is_int8() && row_bytes == padded_bytes) {
+    return {{.data = a, .row_stride = row_bytes, .tile_stride = kDotTileRows * row_bytes}, {}};
   }
-  return {padded, padded_bytes, {}};
-}
-
-DotMatrix::Activations DotMatrix::RoundToInt8(const WorkPlace& place, const GemmArgs& args) const {
-  const std::int64_t row_bytes = cols() * static_cast<std::int64_t>(SizeOf(args.a_dtype));
-  const std::int64_t padded_bytes = num_blocks() * kDotBlockBytes;
-  const auto num_rows = static_cast<std::size_t>(args.num_rows);
-  std::byte* const data = place.call.Get(num_rows * (static_cast<std::size_t>(padded_bytes) + sizeof(Int8Sum)));
-  auto* const rows = reinterpret_cast<Int8Sum*>(data + args.num_rows * padded_bytes);
-  const auto round = [&](std::int64_t m, Scratch&) {
-    std::byte* const row = data + m * padded_bytes;
-    rows[m] = bodies_.round_to_int8(args.a + m * row_bytes, args.a_dtype, cols(), reinterpret_cast<std::int8_t*>(row));
-    std::memset(row + cols(), 0, static_cast<std::size_t>(padded_bytes - cols()));
+  const std::int64_t num_tiles = (num_rows + kDotTileRows - 1) / kDotTileRows;
+  const std::int64_t data_bytes = num_tiles * kDotTileRows * padded_bytes;
+  std::byte* const data = place.call.Get(static_cast<std::size_t>(data_bytes) +
+                                         (is_int8() ? static_cast<std::size_t>(num_rows) * sizeof(Int8Sum) : 0));
+  auto* const sums = reinterpret_cast<Int8Sum*>(data + data_bytes);
+  DotRows rows{.data = data, .row_stride = padded_bytes, .tile_stride = kDotTileRows * padded_bytes};
+  if (in_tiles) {
+    rows.row_stride = kDotBlockBytes;
+    rows.block_stride = kDotTileRows * kDotBlockBytes;
+  }
+  const auto arrange = [&](std::int64_t m, Scratch& scratch) {
+    const std::byte* from = a + m * row_bytes;
+    std::int64_t from_bytes = row_bytes;
+    if (is_int8()) {
+      std::byte* const rounded = scratch.Get(static_cast<std::size_t>(cols()));
+      sums[m] = bodies_.round_to_int8(from, a_dtype, cols(), reinterpret_cast<std::int8_t*>(rounded));
+      from = rounded;
+      from_bytes = cols();
+    }
+    std::byte* to = data + m / kDotTileRows * rows.tile_stride + m % kDotTileRows * rows.row_stride;
+    for (; from_bytes >= kDotBlockBytes;
+         from_bytes -= kDotBlockBytes, from += kDotBlockBytes, to += rows.block_stride) {
+      std::memcpy(to, from, static_cast<std::size_t>(kDotBlockBytes));
+    }
+    if (from_bytes == 0) return;
+    std::memcpy(to, from, static_cast<std::size_t>(from_bytes));
+    std::memset(to + from_bytes, 0, static_cast<std::size_t>(kDotBlockBytes - from_bytes));
   };
-  if (args.num_rows > kFewRowsToRound) {
-    place.pool.ParallelFor(args.num_rows, place.worker, round);
-  } else {
-    for (std::int64_t m = 0; m < args.num_rows; ++m) round(m, place.worker);
-  }
-  return {data, padded_bytes, {rows, num_rows}};
+  place.pool.ParallelFor((num_rows + kRowsPerItem - 1) / kRowsPerItem, place.worker,
+                         [&](std::int64_t item, Scratch& scratch) {
+                           const std::int64_t end = std::min((item + 1) * kRowsPerItem, num_rows);
+                           for (std::int64_t m = item * kRowsPerItem; m < end; ++m) arrange(m, scratch);
+                         });
+  return {rows,
+          is_int8() ? std::span<const Int8Sum>(sums, static_cast<std::size_t>(num_rows)) : std::span<const Int8Sum>()};
 }
 
-void DotMatrix::MultiplySlice(const GemmArgs& args, const Activations& a, std::int64_t panel_begin,
-                              std::int64_t panel_end, Scratch& scratch) const {
-  const std::int64_t rows_per_pass = std::max<std::int64_t>(kBytesPerPass / a.stride, kPanelColumns);
-  const std::int64_t panel_bytes = num_blocks() * 2 * kDotHalfBytes;
-  const std::int64_t sums_size = std::min(args.num_rows, rows_per_pass) * kPanelColumns;
+void DotMatrix::Finish(const Activations& a, const Output& output, const Slice& slice, std::int64_t index,
+                       std::byte* sums) const {
+  const std::int64_t num_rows = slice.row_end - slice.row_begin;
+  const std::int64_t panel_floats = num_rows * kPanelColumns;
+  auto* const floats = reinterpret_cast<float*>(sums);
+  const std::int64_t group = output.panels_per_group();
+  if (is_int8()) {
+    const auto of_rows = a.sums.subspan(static_cast<std::size_t>(slice.row_begin), static_cast<std::size_t>(num_rows));
+    for (std::int64_t i = 0; i < group; ++i) {
+      bodies_.scale_int8(reinterpret_cast<std::byte*>(floats + i * panel_floats), of_rows,
+                         weights_.scales.data() + PanelAt(output, index + i) * kPanelColumns);
+    }
+  }
+  const std::int64_t column = PanelAt(output, index) * kPanelColumns;
+  if (output.gate_up != nullptr) {
+    const GateUpArgs& args = *output.gate_up;
+    const std::int64_t inner = rows() / 2;
+    bodies_.silu_mul(
+        {.gate = floats,
+         .up = floats + panel_floats,
+         .num_rows = num_rows,
+         .out = args.out + (slice.row_begin * inner + column) * static_cast<std::int64_t>(SizeOf(args.out_dtype)),
+         .out_dtype = args.out_dtype,
+         .out_stride = inner});
+    return;
+  }
+  const GemmArgs& args = *output.gemm;
+  bodies_.write_out({.sums = floats,
+                     .num_rows = num_rows,
+                     .sums_stride = kPanelColumns,
+                     .bias = args.bias,
+                     .output = args.output,
+                     .out = args.out + slice.row_begin * rows(),
+                     .columns = rows(),
+                     .column_begin = column,
+                     .column_end = std::min(column + kPanelColumns, rows())});
+}
+
+void DotMatrix::MultiplySlice(const Activations& a, const Output& output, const Slice& slice, Scratch& scratch) const {
   DotPiece piece;
-  piece.a_stride = a.stride;
-  piece.sums = scratch.Get(static_cast<std::size_t>(sums_size) * sizeof(float));
-  for (std::int64_t m = 0; m < args.num_rows; m += rows_per_pass) {
-    piece.num_rows = std::min(args.num_rows - m, rows_per_pass);
-    const std::int64_t blocks_per_cut = piece.num_rows <= kPanelColumns ? num_blocks() : kBlocksPerCut;
-    for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      for (std::int64_t block = 0; block < num_blocks(); block += blocks_per_cut) {
-        piece.a = a.data + m * a.stride + block * kDotBlockBytes;
-        piece.panel = weights_.panels.get() + panel * panel_bytes + block * 2 * kDotHalfBytes;
-        piece.num_blocks = std::min(blocks_per_cut, num_blocks() - block);
+  piece.num_rows = slice.row_end - slice.row_begin;
+  const bool has_few_rows = piece.num_rows <= kFewRows;
+  const std::int64_t blocks_per_chunk = has_few_rows ? num_blocks() : EqualParts(num_blocks(), kBlocksPerChunk);
+  const std::int64_t blocks_per_cut = has_few_rows ? num_blocks() : EqualParts(blocks_per_chunk, kBlocksPerCut);
+  // Sums of all panels are kept from chunk to chunk; with a single chunk, those of a group.
+  const std::int64_t group = output.panels_per_group();
+  const std::int64_t kept_panels = blocks_per_chunk < num_blocks() ? slice.end - slice.begin : group;
+  const std::int64_t sums_bytes = piece.num_rows * kPanelColumns * static_cast<std::int64_t>(sizeof(float));
+  std::byte* const sums = scratch.Get(static_cast<std::size_t>(kept_panels * sums_bytes));
+  for (std::int64_t chunk = 0; chunk < num_blocks(); chunk += blocks_per_chunk) {
+    const std::int64_t chunk_end = std::min(chunk + blocks_per_chunk, num_blocks());
+    for (std::int64_t index = slice.begin; index < slice.end; ++index) {
+      piece.sums = sums + (index - slice.begin) % kept_panels * sums_bytes;
+      for (std::int64_t block = chunk; block < chunk_end; block += blocks_per_cut) {
+        piece.a = a.rows.From(slice.row_begin, block);
+        piece.panel = PanelData(PanelAt(output, index), block);
+        piece.num_blocks = std::min(blocks_per_cut, chunk_end - block);
         piece.is_first = block == 0;
-        body_(piece);
+        piece.next = index + 1 < slice.end ? PanelData(PanelAt(output, index + 1), block) : nullptr;
+        piece.next_bytes = piece.num_blocks * 2 * kDotHalfBytes;
+        body_.multiply(piece);
       }
-      if (is_int8()) {
-        bodies_.scale_int8(piece.sums,
-                           a.rows.subspan(static_cast<std::size_t>(m), static_cast<std::size_t>(piece.num_rows)),
-                           weights_.scales.data() + panel * kPanelColumns);
-      }
-      bodies_.write_out({.sums = reinterpret_cast<const float*>(piece.sums),
-                         .num_rows = piece.num_rows,
-                         .sums_stride = kPanelColumns,
-                         .bias = args.bias,
-                         .output = args.output,
-                         .out = args.out + m * rows(),
-                         .columns = rows(),
-                         .column_begin = panel * kPanelColumns,
-                         .column_end = std::min((panel + 1) * kPanelColumns, rows())});
+      const bool is_complete = chunk_end == num_blocks() && (index + 1 - slice.begin) % group == 0;
+      if (is_complete) Finish(a, output, slice, index + 1 - group, piece.sums - (group - 1) * sums_bytes);
     }
   }
 }
 
-absl::Status DotMatrix::Multiply(const WorkPlace& place, const GemmArgs& args) const {
-  if (!is_int8() && args.a_dtype != DType::kBF16) return ActivationsUnlikeWeight(args, DType::kBF16);
-  if (args.num_rows == 0) return absl::OkStatus();
-  const Activations a = is_int8() ? RoundToInt8(place, args) : PadBF16(place, args);
+absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
+                                     const Output& output) const {
+  if (num_rows == 0) return absl::OkStatus();
+  const Activations arranged = Arrange(place, a, a_dtype, num_rows);
+  const std::int64_t group = output.panels_per_group();
+  const std::int64_t slices_per_worker = num_rows <= kFewRows ? kSlicesPerWorkerOfFewRows : kSlicesPerWorker;
   const std::int64_t panels_per_slice =
-      std::clamp<std::int64_t>(num_panels() / (4 * place.pool.num_workers()), 1,
-                               args.num_rows <= kFewRows ? kMaxPanelsOfFewRows : kMaxPanelsPerSlice);
+      group * std::clamp<std::int64_t>(num_panels() / group / (slices_per_worker * place.pool.num_workers()), 1,
+                                       kMaxPanelsPerSlice / group);
   const std::int64_t num_slices = (num_panels() + panels_per_slice - 1) / panels_per_slice;
-  place.pool.ParallelFor(num_slices, place.worker, [&](std::int64_t slice, Scratch& scratch) {
-    const std::int64_t begin = slice * panels_per_slice;
-    MultiplySlice(args, a, begin, std::min(begin + panels_per_slice, num_panels()), scratch);
+  const std::int64_t chunk_stride = EqualParts(num_blocks(), kBlocksPerChunk) * kDotBlockBytes;
+  const std::int64_t rows_per_pass = EqualParts(num_rows, kChunkBytes / chunk_stride);
+  const std::int64_t whole_tiles = (rows_per_pass + kFewRows - 1) / kFewRows * kFewRows;
+  const std::int64_t num_passes = (num_rows + whole_tiles - 1) / whole_tiles;
+  place.pool.ParallelFor(num_passes * num_slices, place.worker, [&](std::int64_t item, Scratch& scratch) {
+    const std::int64_t pass = item / num_slices;
+    const std::int64_t begin = item % num_slices * panels_per_slice;
+    MultiplySlice(arranged, output,
+                  {.row_begin = pass * whole_tiles,
+                   .row_end = std::min((pass + 1) * whole_tiles, num_rows),
+                   .begin = begin,
+                   .end = std::min(begin + panels_per_slice, num_panels())},
+                  scratch);
   });
   return absl::OkStatus();
+}
+
+absl::Status DotMatrix::Multiply(const WorkPlace& place, const GemmArgs& args) const {
+  if (!is_int8() && args.a_dtype != DType::kBF16) return ActivationsUnlikeWeight(args, DType::kBF16);
+  return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gemm = &args});
+}
+
+absl::Status DotMatrix::MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const {
+  if (!is_int8() && args.a_dtype != DType::kBF16) return ActivationsUnlikeWeight(GemmOf(args), DType::kBF16);
+  return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gate_up = &args});
 }
 
 // Room for the panels of `parts`, whose elements become element_bytes wide.

@@ -28,22 +28,40 @@ inline constexpr std::int64_t kDotBlockBytes = 64;
 inline constexpr std::int64_t kDotHalfColumns = 16;
 inline constexpr std::int64_t kDotHalfBytes = kDotBlockBytes * kDotHalfColumns;
 
+// Rows of activations, in whole blocks of k: one row after the other, or in tiles of kDotTileRows as AMX reads them:
+// [tile][block][row][64 bytes].
+inline constexpr std::int64_t kDotTileRows = 16;
+
+struct DotRows {
+  const std::byte* data = nullptr;
+  std::int64_t row_stride = 0;                 // bytes from row to row of a tile
+  std::int64_t block_stride = kDotBlockBytes;  // from block to block of a row
+  std::int64_t tile_stride = 0;                // from tile to tile
+
+  // `m` is the first row of a tile.
+  DotRows From(std::int64_t m, std::int64_t block) const {
+    DotRows rest = *this;
+    rest.data += m / kDotTileRows * tile_stride + block * block_stride;
+    return rest;
+  }
+};
+
 // Some rows against a piece of one panel: sums[m][n] (+)= over k of a[m][k] * panel[k][n].
 struct DotPiece {
-  const std::byte* a = nullptr;  // at the first block of the piece
-  std::int64_t a_stride = 0;     // bytes from row to row
+  DotRows a;  // from the first block of the piece
   std::int64_t num_rows = 0;
   const std::byte* panel = nullptr;  // at the first block of the piece
   std::int64_t num_blocks = 0;
   bool is_first = false;      // the sums begin at zero
   std::byte* sums = nullptr;  // [num_rows, 32] of float or int32, aligned to 64 bytes
+  // What the next pieces read of the panels, to be fetched meanwhile; may be null.
+  const std::byte* next = nullptr;
+  std::int64_t next_bytes = 0;
 };
 
-using DotBody = void (*)(const DotPiece&);
-
 struct DotBodies {
-  DotBody bf16 = nullptr;
-  DotBody int8 = nullptr;
+  DotBody bf16;
+  DotBody int8;
 };
 
 // FAILED_PRECONDITION, and why, where this machine lacks the instructions.

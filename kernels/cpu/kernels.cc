@@ -67,12 +67,13 @@ class FastKernels final : public Kernels {
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
     RETURN_IF_ERROR(RowsToPack(parts).status());
-    if (parts[0].dtype == DType::kBF16 && dot_.bf16 != nullptr) return PackDotBF16(dot_.bf16, gemm_, parts, pool_);
+    if (parts[0].dtype == DType::kBF16 && dot_.bf16.multiply != nullptr)
+      return PackDotBF16(dot_.bf16, gemm_, parts, pool_);
     return PackPanels(gemm_, parts, pool_);
   }
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> PackInt8(std::span<const MatrixView> parts) const override {
-    return PackDotInt8(dot_.int8 != nullptr ? dot_.int8 : gemm_.int8, gemm_, parts, pool_);
+    return PackDotInt8(dot_.int8.multiply != nullptr ? dot_.int8 : gemm_.int8, gemm_, parts, pool_);
   }
 
   absl::StatusOr<EmbeddingTable> MakeEmbeddingTable(const MatrixView& table) const override {
@@ -95,6 +96,16 @@ class FastKernels final : public Kernels {
   void Gemm(Stream& stream, const GemmArgs& args) const override {
     static_cast<CpuStream&>(stream).Enqueue(
         [args](const WorkPlace& place) { return static_cast<const CpuMatrix&>(*args.weight).Multiply(place, args); });
+  }
+
+  void GateUp(Stream& stream, const GateUpArgs& args) const override {
+    if (!static_cast<const CpuMatrix&>(*args.weight).MultipliesGateUp()) {
+      Kernels::GateUp(stream, args);
+      return;
+    }
+    static_cast<CpuStream&>(stream).Enqueue([args](const WorkPlace& place) {
+      return static_cast<const CpuMatrix&>(*args.weight).MultiplyGateUp(place, args);
+    });
   }
 
   void RopeAngles(Stream& stream, const RopeAnglesArgs& args) const override {

@@ -134,15 +134,8 @@ void RopeAppend(const RopeAppendArgs& args, std::int64_t begin, std::int64_t end
 
 template <typename T>
 void SiluMulRow(const float* gate, const float* up, std::int64_t size, T* out) {
-  const F f;
-  const VF one = hn::Set(f, 1.0F);
   ForVectors(size, [&](std::int64_t i, std::size_t count) {
-    const VF x = LoadSome(gate + i, count);
-    // e = exp(-|x|), so that nothing overflows; sigmoid(x) is 1 / (1 + e) or e / (1 + e) by sign.
-    const VF e = Exp2(hn::Mul(hn::Abs(x), hn::Set(f, -kLog2E)));
-    const VF top = hn::IfThenElse(hn::Lt(x, hn::Zero(f)), e, one);
-    const VF silu = hn::Mul(x, hn::Div(top, hn::Add(one, e)));
-    StoreSome(hn::Mul(silu, LoadSome(up + i, count)), count, out + i);
+    StoreSome(SiluMul(LoadSome(gate + i, count), LoadSome(up + i, count)), count, out + i);
   });
 }
 

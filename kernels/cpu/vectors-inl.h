@@ -93,6 +93,17 @@ HWY_INLINE VF Exp2(VF x) {
   return hn::IfThenElseZero(in_range, hn::BitCast(f, raised));
 }
 
+// silu(gate) * up
+HWY_INLINE VF SiluMul(VF gate, VF up) {
+  const F f;
+  const VF one = hn::Set(f, 1.0F);
+  // e = exp(-|x|), so that nothing overflows; sigmoid(x) is 1 / (1 + e) or e / (1 + e) by sign.
+  const VF e = Exp2(hn::Mul(hn::Abs(gate), hn::Set(f, -kLog2E)));
+  const VF top = hn::IfThenElse(hn::Lt(gate, hn::Zero(f)), e, one);
+  const VF silu = hn::Mul(gate, hn::Div(top, hn::Add(one, e)));
+  return hn::Mul(silu, up);
+}
+
 // kGroup running sums, and their total in a fixed order.
 struct GroupSum {
   VF lanes[kVectors];

@@ -177,6 +177,44 @@ TEST_P(GemmTest, BitsOfARowDoNotDependOnTheCall) {
   }
 }
 
+// Whether it is made in one pass or in two.
+TEST_P(GemmTest, GateUpHasTheBitsOfGemmAndSiluMul) {
+  Random random(8);
+  constexpr std::int64_t kDepth = 72;
+  for (const std::int64_t inner : {64, 40}) {
+    const Array w(dtype(), random.Normals(static_cast<std::size_t>(2 * inner * kDepth)));
+    const std::vector<MatrixView> parts = {ViewOf(w, 2 * inner, kDepth)};
+    for (const int num_workers : {1, 3}) {
+      Rig rig(target(), num_workers, gemm());
+      for (const bool is_int8 : {false, true}) {
+        const auto weight = (is_int8 ? rig.kernels().PackInt8(parts) : rig.kernels().Pack(parts)).value();
+        for (const std::int64_t num_rows : {0, 1, 16, 33, 70}) {
+          const Array a(dtype(), random.Normals(static_cast<std::size_t>(num_rows * kDepth)));
+          const auto size = static_cast<std::size_t>(num_rows * inner);
+          std::vector<float> product(2 * size);
+          Array out(dtype(), size);
+          Array expected(dtype(), size);
+          const GateUpArgs args{.a = a.data(),
+                                .a_dtype = dtype(),
+                                .num_rows = num_rows,
+                                .weight = weight.get(),
+                                .product = product.data(),
+                                .out = out.data(),
+                                .out_dtype = dtype()};
+          rig.kernels().GateUp(rig.stream(), args);
+          rig.kernels().Gemm(rig.stream(), GemmOf(args));
+          SiluMulArgs silu = SiluMulOf(args);
+          silu.out = expected.data();
+          rig.kernels().SiluMul(rig.stream(), silu);
+          rig.Finish();
+          ExpectSameBits(out.Values(), expected.Values(),
+                         std::to_string(num_rows) + " rows to " + std::to_string(inner) + (is_int8 ? ", int8" : ""));
+        }
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Fma, GemmTest,
                          testing::Combine(testing::ValuesIn(AllTargets()), testing::Values("fma"),
                                           testing::Values(DType::kF32, DType::kBF16)),
