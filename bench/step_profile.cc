@@ -33,14 +33,20 @@ enum class Part : std::uint8_t {
   kAttention,
   kOutput,
   kGateUp,
-  kSilu,
   kDown,
   kHead,
   kSample,
 };
-constexpr std::array<const char*, 11> kPartNames = {
-    "embedding, rotary angles", "norms",         "GEMM qkv",  "rotary, KV written", "attention", "GEMM output",
-    "GEMM gate and up",         "SiLU, product", "GEMM down", "GEMM lm_head",       "sampling"};
+constexpr std::array<const char*, 10> kPartNames = {"embedding, rotary angles",
+                                                    "norms",
+                                                    "GEMM qkv",
+                                                    "rotary, KV written",
+                                                    "attention",
+                                                    "GEMM output",
+                                                    "GEMM gate, up, SiLU",
+                                                    "GEMM down",
+                                                    "GEMM lm_head",
+                                                    "sampling"};
 
 // The cpu device's kernels, each followed by a stamp on the stream's thread: a part's seconds are those since the stamp
 // before.
@@ -89,7 +95,11 @@ class StampedKernels : public Kernels {
   }
   void SiluMul(Stream& stream, const SiluMulArgs& args) const override {
     kernels_.SiluMul(stream, args);
-    Stamp(stream, Part::kSilu);
+    Stamp(stream, Part::kGateUp);
+  }
+  void GateUp(Stream& stream, const GateUpArgs& args) const override {
+    kernels_.GateUp(stream, args);
+    Stamp(stream, Part::kGateUp);
   }
   void Sample(Stream& stream, const SampleArgs& args) const override {
     kernels_.Sample(stream, args);
