@@ -1,7 +1,8 @@
 // Speed of the cpu device's kernels beside the machine's own limits, measured in the same run. Every kernel is compared
 // with the reference before it is timed.
 //
-//   kernel_bench [--json FILE] [--only gemm | attention | sample | queue] [--target auto] [--gemm auto] [--workers 0]
+//   kernel_bench [--json FILE] [--only gemm | shapes | attention | sample | queue] [--target auto] [--gemm auto]
+//   [--workers 0]
 
 #include <algorithm>
 #include <chrono>
@@ -41,12 +42,34 @@ double Seconds(const std::function<void()>& run) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+double MedianOf(std::vector<double> values) {
+  std::ranges::sort(values);
+  return values[values.size() / 2];
+}
+
 double MedianSeconds(const std::function<void()>& run) {
   run();
   std::vector<double> times(7);
   for (double& time : times) time = Seconds(run);
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  return MedianOf(times);
+}
+
+// The median of several runs, and the median share of the limit: that of a run is held against the machine's limit as
+// it is found right behind the run.
+struct Timing {
+  double seconds = 0;
+  double percent_of_limit = 0;
+};
+
+Timing TimeBeside(const std::function<double()>& limit_seconds, const std::function<void()>& run) {
+  run();
+  std::vector<double> times(9);
+  std::vector<double> percents(times.size());
+  for (std::size_t i = 0; i < times.size(); ++i) {
+    times[i] = Seconds(run);
+    percents[i] = 100 * limit_seconds() / times[i];
+  }
+  return {MedianOf(times), MedianOf(percents)};
 }
 
 void Fill(DType dtype, std::int64_t size, std::uint64_t seed, std::byte* array) {
@@ -73,59 +96,70 @@ class KernelBench {
     reference_stream_ = reference_->NewStream().value();
     const int num_threads =
         options.num_workers > 0 ? options.num_workers : static_cast<int>(std::thread::hardware_concurrency());
-    limits_ = MeasureLimits(*device_, num_threads);
+    const MachineLimits limits = MeasureLimits(*device_, num_threads);
+    probe_ = std::make_unique<LimitProbe>(*device_, num_threads);
     std::printf("%s, %d threads\n", device_->description().c_str(), num_threads);
-    Report({"read bandwidth", 0, limits_.read_gigabytes, "GB/s", 0});
-    Report({"copy bandwidth", 0, limits_.copy_gigabytes, "GB/s", 0});
-    Report({"fma peak (float)", 0, limits_.fma_gigaflops, "GFLOP/s", 0});
-    Report({"bf16 peak", 0, limits_.bf16_gigaflops, "GFLOP/s", 0});
+    Report({"read bandwidth", 0, limits.read_gigabytes, "GB/s", 0});
+    Report({"copy bandwidth", 0, limits.copy_gigabytes, "GB/s", 0});
+    Report({"fma peak (float)", 0, limits.fma_gigaflops, "GFLOP/s", 0});
+    Report({"bf16 peak", 0, limits.bf16_gigaflops, "GFLOP/s", 0});
   }
 
   void Gemm(DType dtype) {
-    constexpr std::int64_t kColumns = 2816;
-    constexpr std::int64_t kDepth = 1024;
-    // Together several times the last-level cache.
-    const std::size_t num_matrices = dtype == DType::kF32 ? 24 : 48;
-    const std::vector<std::byte> w = RandomArray(dtype, kColumns * kDepth, 1);
-    const MatrixView view = {w.data(), dtype, kColumns, kDepth, kDepth};
-    std::vector<std::unique_ptr<PackedMatrix>> matrices;
-    for (std::size_t i = 0; i < num_matrices; ++i) matrices.push_back(device_->kernels().Pack({&view, 1}).value());
-    const auto plain = reference_->kernels().Pack({&view, 1}).value();
-    for (const std::int64_t num_rows : {1, 4, 16, 32, 512, 2048}) {
-      const std::vector<std::byte> a = RandomArray(dtype, num_rows * kDepth, 2);
-      std::vector<float> out(static_cast<std::size_t>(num_rows * kColumns));
-      GemmArgs args;
-      args.a = a.data();
-      args.a_dtype = dtype;
-      args.num_rows = num_rows;
-      args.out = out.data();
-      CheckGemm(args, *matrices[0], *plain);
-      const std::size_t num_calls = num_rows >= 256 ? 4 : num_matrices;
-      const double seconds = MedianSeconds([&] {
-                               for (std::size_t i = 0; i < num_calls; ++i) {
-                                 args.weight = matrices[i].get();
-                                 device_->kernels().Gemm(*stream_, args);
-                               }
-                               Finish();
-                             }) /
-                             static_cast<double>(num_calls);
-      const double bytes = static_cast<double>(w.size());
-      const double flops = 2.0 * static_cast<double>(num_rows * kColumns * kDepth);
-      const std::string name = "gemm " + std::string(NameOf(dtype)) + " M " + std::to_string(num_rows);
-      // The limit is whichever of the two would take longer.
-      const double limit = std::max(bytes / limits_.read_gigabytes, flops / PeakOf(dtype)) * 1e-9;
-      if (num_rows <= 4) {
-        Report({name, seconds * 1e6, bytes / seconds * 1e-9, "GB/s", 100 * limit / seconds});
-      } else {
-        Report({name, seconds * 1e6, flops / seconds * 1e-9, "GFLOP/s", 100 * limit / seconds});
-      }
+    for (const std::int64_t num_rows : {1, 4, 16, 32, 512, 2048}) Gemm(dtype, num_rows, 2816, 1024);
+  }
+
+  // The matrices of a model of hidden 1,024 and inner 2,816, with a vocabulary of 32,768.
+  void GemmShapes() {
+    for (const std::int64_t num_rows : {1, 16, 32, 512, 4096}) {
+      Gemm(DType::kBF16, num_rows, 1536, 1024);
+      Gemm(DType::kBF16, num_rows, 1024, 1024);
+      Gemm(DType::kBF16, num_rows, 5632, 1024);
+      Gemm(DType::kBF16, num_rows, 1024, 2816);
+      if (num_rows <= 32) Gemm(DType::kBF16, num_rows, 32768, 1024);
     }
   }
 
+  void Gemm(DType dtype, std::int64_t num_rows, std::int64_t columns, std::int64_t depth) {
+    const std::vector<std::byte> w = RandomArray(dtype, columns * depth, 1);
+    // Where memory is the limit: together many times the cache of a core, and about that of many.
+    const std::size_t num_matrices = num_rows >= 256 ? 4 : 1 + (std::size_t{256} << 20) / w.size();
+    const MatrixView view = {w.data(), dtype, columns, depth, depth};
+    std::vector<std::unique_ptr<PackedMatrix>> matrices;
+    for (std::size_t i = 0; i < num_matrices; ++i) matrices.push_back(device_->kernels().Pack({&view, 1}).value());
+    const auto plain = reference_->kernels().Pack({&view, 1}).value();
+    const std::vector<std::byte> a = RandomArray(dtype, num_rows * depth, 2);
+    std::vector<float> out(static_cast<std::size_t>(num_rows * columns));
+    GemmArgs args;
+    args.a = a.data();
+    args.a_dtype = dtype;
+    args.num_rows = num_rows;
+    args.out = out.data();
+    CheckGemm(args, *matrices[0], *plain);
+    const auto bytes = static_cast<double>(w.size() * num_matrices);
+    const double flops = 2.0 * static_cast<double>(num_rows * columns * depth) * static_cast<double>(num_matrices);
+    // Whichever of the two takes longer.
+    const auto limit = [&] { return std::max(bytes / probe_->ReadGigabytes(), flops / PeakOf(dtype)) * 1e-9; };
+    const Timing timing = TimeBeside(limit, [&] {
+      for (const auto& matrix : matrices) {
+        args.weight = matrix.get();
+        device_->kernels().Gemm(*stream_, args);
+      }
+      Finish();
+    });
+    const double microseconds = timing.seconds / static_cast<double>(num_matrices) * 1e6;
+    const std::string name = "gemm " + std::string(NameOf(dtype)) + " M " + std::to_string(num_rows) + ", " +
+                             std::to_string(columns) + " x " + std::to_string(depth);
+    const bool is_read = num_rows <= 4;
+    Report({name, microseconds, (is_read ? bytes : flops) / timing.seconds * 1e-9, is_read ? "GB/s" : "GFLOP/s",
+            timing.percent_of_limit});
+  }
+
   // num_sequences of `length` tokens, of which the last num_new are queries.
-  void Attention(DType dtype, std::int64_t num_sequences, std::int64_t length, std::int64_t num_new) {
+  void Attention(DType dtype, std::int64_t num_sequences, std::int64_t length, std::int64_t num_new,
+                 int head_dim = 128) {
     constexpr int kHeads = 16;
-    const KvLayout layout = {1, 4, 128, dtype};
+    const KvLayout layout = {1, 4, head_dim, dtype};
     const std::int64_t blocks_per_sequence = (length + kBlockTokens - 1) / kBlockTokens;
     const std::int64_t num_blocks = num_sequences * blocks_per_sequence;
     const Buffer pool =
@@ -156,22 +190,22 @@ class KernelBench {
     args.block_table = block_table.data();
     args.out = reinterpret_cast<std::byte*>(out.data());
     CheckAttention(args, out);
-    const double seconds = MedianSeconds([&] {
-      device_->kernels().Attention(*stream_, args);
-      Finish();
-    });
     const double keys =
         static_cast<double>(num_new * (length - num_new)) + static_cast<double>(num_new * (num_new + 1)) / 2;
     const double flops = 4.0 * static_cast<double>(num_sequences) * keys * kHeads * layout.head_dim;
+    const auto bytes = static_cast<double>(pool.size_bytes);
+    const bool is_read = num_new == 1;
+    const Timing timing =
+        TimeBeside([&] { return (is_read ? bytes / probe_->ReadGigabytes() : flops / PeakOf(dtype)) * 1e-9; },
+                   [&] {
+                     device_->kernels().Attention(*stream_, args);
+                     Finish();
+                   });
     const std::string name = "attention " + std::string(NameOf(dtype)) + " " + std::to_string(num_sequences) + " x " +
-                             std::to_string(num_new) + " of " + std::to_string(length);
-    if (num_new == 1) {
-      const double rate = static_cast<double>(pool.size_bytes) / seconds * 1e-9;
-      Report({name, seconds * 1e6, rate, "GB/s", 100 * rate / limits_.read_gigabytes});
-    } else {
-      const double rate = flops / seconds * 1e-9;
-      Report({name, seconds * 1e6, rate, "GFLOP/s", 100 * rate / PeakOf(dtype)});
-    }
+                             std::to_string(num_new) + " of " + std::to_string(length) + ", head_dim " +
+                             std::to_string(head_dim);
+    Report({name, timing.seconds * 1e6, (is_read ? bytes : flops) / timing.seconds * 1e-9, is_read ? "GB/s" : "GFLOP/s",
+            timing.percent_of_limit});
   }
 
   // What an operation costs before it does any work: many of them, then one wait.
@@ -257,7 +291,7 @@ class KernelBench {
     Report({"sample " + std::to_string(vocab) + " x 16 " + what, seconds * 1e6, seconds / kRows * 1e6, "us/row", 0});
   }
 
-  double PeakOf(DType dtype) const { return dtype == DType::kBF16 ? limits_.bf16_gigaflops : limits_.fma_gigaflops; }
+  double PeakOf(DType dtype) const { return dtype == DType::kBF16 ? probe_->Bf16Gigaflops() : probe_->FmaGigaflops(); }
 
   void Finish() { SPILLWAY_CHECK(stream_->Record()->Await().ok()) << stream_->status(); }
 
@@ -320,7 +354,7 @@ class KernelBench {
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Device> reference_;
   std::unique_ptr<Stream> reference_stream_;
-  MachineLimits limits_;
+  std::unique_ptr<LimitProbe> probe_;
   std::vector<Result> results_;
 };
 
@@ -345,8 +379,11 @@ int Main(int argc, char** argv) {
       bench.Attention(dtype, 16, 1024, 1);
       bench.Attention(dtype, 1, 512, 512);
       bench.Attention(dtype, 1, 4096, 512);
+      bench.Attention(dtype, 1, 512, 512, 64);
+      bench.Attention(dtype, 1, 4096, 512, 64);
     }
   }
+  if (only.empty() || only == "shapes") bench.GemmShapes();
   if (only.empty() || only == "queue") bench.Queue();
   if (only.empty() || only == "sample") {
     for (const std::int64_t vocab : {32768, 128000}) bench.Samples(vocab);

@@ -19,10 +19,12 @@
 namespace spillway {
 namespace {
 
+constexpr int kRuns = 6;
+
 // Best of several runs of body(thread) on all threads at once, in seconds.
-double BestSeconds(int num_threads, const std::function<void(int)>& body) {
+double BestSeconds(int num_threads, int num_runs, const std::function<void(int)>& body) {
   double best = 1e9;
-  for (int run = 0; run < 6; ++run) {
+  for (int run = 0; run < num_runs; ++run) {
     const auto begin = std::chrono::steady_clock::now();
     std::vector<std::thread> threads;
     for (int t = 0; t < num_threads; ++t) threads.emplace_back(body, t);
@@ -108,24 +110,23 @@ __attribute__((target("amx-tile,amx-bf16"))) float DotAmx(std::int64_t rounds) {
 #endif
 
 // 0: this machine has no products of bf16.
-double Bf16Gigaflops([[maybe_unused]] int num_threads) {
+double Bf16Peak([[maybe_unused]] int num_threads, [[maybe_unused]] int num_runs,
+                [[maybe_unused]] std::int64_t num_rounds) {
 #if defined(__x86_64__)
   if (!cpu::HasAvx512Bf16()) return 0;
-  constexpr std::int64_t kRounds = 2'000'000;
   const bool has_amx = cpu::HasAmx();
   const double flops_per_round = has_amx ? 4 * 16 * 16 * 32 * 2 : 16 * 32 * 2;
   std::vector<float> sinks(static_cast<std::size_t>(num_threads) * 16);
   const auto run = has_amx ? DotAmx : DotAvx512;
-  const double seconds =
-      BestSeconds(num_threads, [&](int thread) { sinks[static_cast<std::size_t>(thread) * 16] = run(kRounds); });
-  return flops_per_round * static_cast<double>(kRounds) * num_threads / seconds * 1e-9;
+  const double seconds = BestSeconds(
+      num_threads, num_runs, [&](int thread) { sinks[static_cast<std::size_t>(thread) * 16] = run(num_rounds); });
+  return flops_per_round * static_cast<double>(num_rounds) * num_threads / seconds * 1e-9;
 #else
   return 0;
 #endif
 }
 
-double FmaGigaflops(int num_threads) {
-  constexpr std::int64_t kRounds = 4'000'000;
+double FmaPeak(int num_threads, int num_runs, std::int64_t num_rounds) {
   std::vector<float> sinks(static_cast<std::size_t>(num_threads) * 16);
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") != 0;
@@ -139,9 +140,9 @@ double FmaGigaflops(int num_threads) {
     return sum;
   };
 #endif
-  const double seconds =
-      BestSeconds(num_threads, [&](int thread) { sinks[static_cast<std::size_t>(thread) * 16] = run(kRounds); });
-  return flops_per_round * static_cast<double>(kRounds) * num_threads / seconds * 1e-9;
+  const double seconds = BestSeconds(
+      num_threads, num_runs, [&](int thread) { sinks[static_cast<std::size_t>(thread) * 16] = run(num_rounds); });
+  return flops_per_round * static_cast<double>(num_rounds) * num_threads / seconds * 1e-9;
 }
 
 std::uint64_t ReadWords(const std::byte* from, std::size_t size_bytes) {
@@ -181,9 +182,20 @@ std::uint64_t (*ReadOfThisMachine())(const std::byte*, std::size_t) {
   return ReadWords;
 }
 
+double ReadPeak(int num_threads, int num_runs, const std::byte* from, std::size_t bytes_per_thread) {
+  std::vector<std::uint64_t> sinks(static_cast<std::size_t>(num_threads) * 8);
+  const auto read = ReadOfThisMachine();
+  const double seconds = BestSeconds(num_threads, num_runs, [&](int thread) {
+    const auto t = static_cast<std::size_t>(thread);
+    sinks[t * 8] += read(from + t * bytes_per_thread, bytes_per_thread);
+  });
+  return static_cast<double>(bytes_per_thread) * num_threads / seconds * 1e-9;
+}
+
 }  // namespace
 
 MachineLimits MeasureLimits(Device& device, int num_threads) {
+  constexpr std::int64_t kRounds = 2'000'000;
   MachineLimits limits;
   const std::size_t bytes_per_thread = (std::size_t{512} << 20) / static_cast<std::size_t>(num_threads) / 4096 * 4096;
   const std::size_t num_bytes = bytes_per_thread * static_cast<std::size_t>(num_threads);
@@ -191,20 +203,26 @@ MachineLimits MeasureLimits(Device& device, int num_threads) {
   const Buffer to = device.Allocate(MemoryKind::kPinnedHost, num_bytes).value();
   std::memset(from.get(), 3, num_bytes);
   std::memset(to.get(), 5, num_bytes);
-  const double gigabytes = static_cast<double>(num_bytes) * 1e-9;
-  std::vector<std::uint64_t> sinks(static_cast<std::size_t>(num_threads) * 8);
-  const auto read = ReadOfThisMachine();
-  limits.read_gigabytes = gigabytes / BestSeconds(num_threads, [&](int thread) {
-                            const auto t = static_cast<std::size_t>(thread);
-                            sinks[t * 8] += read(from.get() + t * bytes_per_thread, bytes_per_thread);
-                          });
-  limits.copy_gigabytes = gigabytes / BestSeconds(num_threads, [&](int thread) {
+  limits.read_gigabytes = ReadPeak(num_threads, kRuns, from.get(), bytes_per_thread);
+  limits.copy_gigabytes = static_cast<double>(num_bytes) * 1e-9 / BestSeconds(num_threads, kRuns, [&](int thread) {
                             const std::size_t begin = static_cast<std::size_t>(thread) * bytes_per_thread;
                             std::memcpy(to.get() + begin, from.get() + begin, bytes_per_thread);
                           });
-  limits.fma_gigaflops = FmaGigaflops(num_threads);
-  limits.bf16_gigaflops = std::max(limits.fma_gigaflops, Bf16Gigaflops(num_threads));
+  limits.fma_gigaflops = FmaPeak(num_threads, kRuns, 2 * kRounds);
+  limits.bf16_gigaflops = std::max(limits.fma_gigaflops, Bf16Peak(num_threads, kRuns, kRounds));
   return limits;
 }
+
+LimitProbe::LimitProbe(Device& device, int num_threads)
+    : num_threads_(num_threads),
+      bytes_per_thread_((std::size_t{512} << 20) / static_cast<std::size_t>(num_threads) / 4096 * 4096),
+      memory_(
+          device.Allocate(MemoryKind::kPinnedHost, bytes_per_thread_ * static_cast<std::size_t>(num_threads)).value()) {
+  std::memset(memory_.get(), 3, memory_.size_bytes);
+}
+
+double LimitProbe::ReadGigabytes() const { return ReadPeak(num_threads_, 1, memory_.get(), bytes_per_thread_); }
+double LimitProbe::Bf16Gigaflops() const { return std::max(FmaGigaflops(), Bf16Peak(num_threads_, 1, 150'000)); }
+double LimitProbe::FmaGigaflops() const { return FmaPeak(num_threads_, 1, 1'000'000); }
 
 }  // namespace spillway

@@ -2,6 +2,8 @@
 
 // What this machine can do at best, by loops that do nothing else.
 
+#include <cstddef>
+
 #include "kernels/device.h"
 
 namespace spillway {
@@ -14,5 +16,21 @@ struct MachineLimits {
 };
 
 MachineLimits MeasureLimits(Device& device, int num_threads);
+
+// The same loops, a few milliseconds long: between the runs of a benchmark, since what neighbours on a shared machine
+// leave of it changes within seconds.
+class LimitProbe {
+ public:
+  LimitProbe(Device& device, int num_threads);
+
+  double ReadGigabytes() const;
+  double Bf16Gigaflops() const;
+  double FmaGigaflops() const;
+
+ private:
+  const int num_threads_;
+  const std::size_t bytes_per_thread_;
+  const Buffer memory_;
+};
 
 }  // namespace spillway

@@ -86,7 +86,9 @@ class ModelBench {
     const double file_bytes = ResidentBytes("RssFile:");
     weight_bytes_ = static_cast<double>(model->weight_bytes());
     kv_bytes_per_token_ = static_cast<double>(model->kv_layout().block_bytes()) / kBlockTokens;
-    limits_ = MeasureLimits(*device_, static_cast<int>(std::thread::hardware_concurrency()));
+    const auto num_threads = static_cast<int>(std::thread::hardware_concurrency());
+    limits_ = MeasureLimits(*device_, num_threads);
+    probe_ = std::make_unique<LimitProbe>(*device_, num_threads);
     json_ = {{"device", device_->description()},
              {"quantization", quantization == Quantization::kInt8 ? "int8" : "none"},
              {"read_gigabytes", limits_.read_gigabytes},
@@ -110,33 +112,34 @@ class ModelBench {
   }
 
   void Prefill(std::int32_t length) {
-    std::vector<double> seconds;
-    for (int run = 0; run < 5; ++run) {
-      steps_ = {};
-      RunOnce(1, length, 1);
-      seconds.push_back(steps_.prefill_seconds);
-    }
-    const double time = Median(seconds);
-    const double rate = length / time;
     const double pairs = static_cast<double>(length) * (length + 1) / 2;
     const double attention = 4.0 * kModel.layers * kModel.heads * kModel.head_dim * pairs;
     const double flops = 2.0 * LayerParameters() * length + attention;
-    Report("prefill " + std::to_string(length), rate, "tokens/s", 100 * flops / time * 1e-9 / limits_.bf16_gigaflops,
+    std::vector<double> seconds;
+    std::vector<double> shares;  // of the peak found right behind each run
+    for (int run = 0; run < 9; ++run) {
+      steps_ = {};
+      RunOnce(1, length, 1);
+      seconds.push_back(steps_.prefill_seconds);
+      shares.push_back(flops / steps_.prefill_seconds * 1e-9 / probe_->Bf16Gigaflops());
+    }
+    Report("prefill " + std::to_string(length), length / Median(seconds), "tokens/s", 100 * Median(shares),
            "% of bf16 peak");
   }
 
   // The limit of one sequence: every weight and the KV read once.
   void Decode(int num_sequences, std::int32_t prompt, std::int32_t output) {
     steps_ = {};
+    const double read_before = probe_->ReadGigabytes();
     RunOnce(num_sequences, prompt, output);
+    const double read_gigabytes = (read_before + probe_->ReadGigabytes()) / 2;
     const std::vector<double>& times = steps_.decode_seconds[num_sequences];
     SPILLWAY_CHECK(times.size() > 8) << times.size() << " steps of " << num_sequences << " sequences";
     double total = 0;
     for (const double time : times) total += time;
     const double step = total / static_cast<double>(times.size());
-    const double kv_seconds =
-        num_sequences * (prompt + output / 2.0) * kv_bytes_per_token_ / limits_.read_gigabytes * 1e-9;
-    const double limit = num_sequences == 1 ? weight_bytes_ / limits_.read_gigabytes * 1e-9 + kv_seconds
+    const double kv_seconds = num_sequences * (prompt + output / 2.0) * kv_bytes_per_token_ / read_gigabytes * 1e-9;
+    const double limit = num_sequences == 1 ? weight_bytes_ / read_gigabytes * 1e-9 + kv_seconds
                                             : GemmSeconds(num_sequences) + kv_seconds;
     Report("decode " + std::to_string(num_sequences) + " x (" + std::to_string(prompt) + " + " +
                std::to_string(output) + ")",
@@ -219,6 +222,7 @@ class ModelBench {
   const Quantization quantization_;
   std::unique_ptr<Device> device_;
   MachineLimits limits_;
+  std::unique_ptr<LimitProbe> probe_;
   double weight_bytes_ = 0;
   double kv_bytes_per_token_ = 0;
   StepSums steps_;

@@ -31,19 +31,21 @@ std::int64_t EqualParts(std::int64_t total, std::int64_t most) {
   return (total + parts - 1) / parts;
 }
 
-// Columns [0, columns.size()) of a panel, each `depth_bytes` long, at any address.
+// Columns [0, columns.size()) of a panel, each `depth_bytes` long, at any address. Block by block, so that what is
+// written stays in the first-level cache until its lines are complete.
 void PackPanel(std::span<const std::byte* const> columns, std::int64_t depth_bytes, std::byte* panel) {
-  for (std::size_t n = 0; n < columns.size(); ++n) {
-    std::byte* const column = panel + static_cast<std::int64_t>(n) / kDotHalfColumns * kDotHalfBytes +
-                              static_cast<std::int64_t>(n) % kDotHalfColumns * kDotGroupBytes;
-    for (std::int64_t at = 0; at < depth_bytes; at += kDotGroupBytes) {
-      std::byte* const to = column + at / kDotBlockBytes * 2 * kDotHalfBytes +
-                            at % kDotBlockBytes / kDotGroupBytes * kDotHalfColumns * kDotGroupBytes;
-      if (at + kDotGroupBytes <= depth_bytes) {
-        std::memcpy(to, columns[n] + at, kDotGroupBytes);
-      } else {
-        std::memcpy(to, columns[n] + at, static_cast<std::size_t>(depth_bytes - at));
+  for (std::int64_t begin = 0; begin < depth_bytes; begin += kDotBlockBytes, panel += 2 * kDotHalfBytes) {
+    const std::int64_t size = std::min(depth_bytes - begin, kDotBlockBytes);
+    for (std::size_t n = 0; n < columns.size(); ++n) {
+      const auto column = static_cast<std::int64_t>(n);
+      std::byte* const to =
+          panel + column / kDotHalfColumns * kDotHalfBytes + column % kDotHalfColumns * kDotGroupBytes;
+      const std::byte* const from = columns[n] + begin;
+      std::int64_t at = 0;
+      for (; at + kDotGroupBytes <= size; at += kDotGroupBytes) {
+        std::memcpy(to + at * kDotHalfColumns, from + at, kDotGroupBytes);
       }
+      if (at < size) std::memcpy(to + at * kDotHalfColumns, from + at, static_cast<std::size_t>(size - at));
     }
   }
 }
