@@ -111,10 +111,20 @@ KvView HomeReader::Stage(Stream& stream, std::size_t pass, int layer, std::size_
   const auto per_pass = static_cast<std::size_t>(options_.staging_blocks);
   const std::size_t begin = pass * per_pass;
   const auto from = std::span(sources_).subspan(begin, std::min(per_pass, counts_.blocks - begin));
-  if (read_[buffer]) copies_->Wait(read_[buffer]);
-  if (options_.link->is_paced()) copies_->Notify([this] { copying_since_ = Now(); });
+  const std::shared_ptr<Event> read = read_[buffer];
+  const bool is_paced = options_.link->is_paced();
+  // A copy whose buffer is free follows the one before without a gap, as on a bus, however late this thread wakes.
+  if (is_paced) {
+    copies_->Notify([this, read, queued_at = Now()] { copying_since_ = !read || read->Ready() ? queued_at : 0; });
+  }
+  if (read) copies_->Wait(read);
+  if (is_paced) {
+    copies_->Notify([this] {
+      if (copying_since_ == 0) copying_since_ = Now();
+    });
+  }
   copies_->Gather(staging_[buffer].get(), from, layout.strip_offset(layer, 0), layer_bytes);
-  if (options_.link->is_paced()) {
+  if (is_paced) {
     copies_->Notify(
         [this, count = from.size(), layer_bytes] { options_.link->Await(copying_since_, count, count * layer_bytes); });
   }
@@ -137,7 +147,7 @@ void HomeReader::Attend(Stream& stream, const Layout& device, const AttentionArg
       part.kv = options_.home;
       device_.kernels().Attention(stream, part);
     } else {
-      const std::size_t buffer = std::exchange(next_buffer_, 1 - next_buffer_);
+      const std::size_t buffer = std::exchange(next_buffer_, (next_buffer_ + 1) % kNumBuffers);
       part.kv = Stage(stream, pass, args.layer, buffer);
       part.layer = 0;
       device_.kernels().Attention(stream, part);

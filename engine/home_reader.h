@@ -4,8 +4,9 @@
 // blocks build partial states, and a last one merges the blocks that the device holds.
 //
 //   in place  kernels read the host tier's slots where they are, all in one pass per layer
-//   staged    a stream of its own copies the layer's strips, some blocks at a time, into one of two buffers on the
-//             device, while the pass before is computed from the other; the next layer's strips follow without a gap
+//   staged    a stream of its own copies the layer's strips, some blocks at a time, into one of three buffers on the
+//             device, while the passes before are computed from the others; the next layer's strips follow without a
+//             gap
 //
 // The bits are those of attention over blocks that are all on the device. Everything is reserved by Make. Engine thread
 // only; one step in flight at a time.
@@ -64,12 +65,15 @@ class HomeReader {
   // on the device; `device` is the copy of what Fill wrote.
   void Attend(Stream& stream, const Layout& device, const AttentionArgs& args);
 
-  std::size_t buffer_bytes() const { return states_.size_bytes + staging_[0].size_bytes + staging_[1].size_bytes; }
+  std::size_t buffer_bytes() const { return states_.size_bytes + kNumBuffers * staging_[0].size_bytes; }
   Path path() const { return options_.path; }
   // Of home blocks, by the passes that were queued so far.
   std::int64_t read_bytes() const { return read_bytes_; }
 
  private:
+  // One that is read, one that is full, one that is filled: neither side waits for the other's last moment.
+  static constexpr std::size_t kNumBuffers = 3;
+
   HomeReader(Device& device, const Options& options) : device_(device), options_(options) {}
   bool ReadsInPlace(std::span<const PlannedSequence> streamed) const;
   std::size_t PassesOver(std::size_t num_blocks, bool in_place) const;
@@ -78,14 +82,14 @@ class HomeReader {
   Device& device_;
   const Options options_;
   Buffer states_;
-  Buffer staging_[2];
+  Buffer staging_[kNumBuffers];
   Counts counts_;                          // of the step
   bool in_place_ = false;                  // of the step
   std::vector<const std::byte*> sources_;  // the step's home blocks, pass by pass
   std::size_t next_buffer_ = 0;
-  std::shared_ptr<Event> read_[2];  // when the last pass over each buffer is done
+  std::shared_ptr<Event> read_[kNumBuffers];  // when the last pass over each buffer is done
   std::int64_t read_bytes_ = 0;
-  double copying_since_ = 0;        // thread of copies_
+  double copying_since_ = 0;        // thread of copies_; 0: once the buffer is free
   std::unique_ptr<Stream> copies_;  // last: its destructor waits for work that writes the buffers
 };
 

@@ -35,9 +35,36 @@ void StreamLines(std::byte* to, const std::byte* from, std::size_t size_bytes) {
   }
   _mm_sfence();  // such writes are not ordered before the store that tells of them
 }
+
+// Each line is asked for well before it is copied, across the ends of spans: what the processor fetches ahead by itself
+// ends at the end of a page.
+void GatherLines(std::byte* to, std::span<const std::byte* const> from, std::size_t offset, std::size_t size_bytes) {
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    const std::byte* const span = from[i] + offset;
+    const std::byte* const next = (i + 1 < from.size() ? from[i + 1] : from[i]) + offset;
+    DeclareRead(span, size_bytes);
+    DeclareWrite(to, size_bytes);
+    for (std::size_t at = 0; at < size_bytes; at += kLineBytes, to += kLineBytes) {
+      const std::size_t ahead = at + kPrefetchBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(ahead < size_bytes ? span + ahead : next + (ahead - size_bytes)),
+                   _MM_HINT_T0);
+      std::memcpy(to, span + at, kLineBytes);
+    }
+  }
+}
 #endif
 
 }  // namespace
+
+void GatherSpans(std::byte* to, std::span<const std::byte* const> from, std::size_t offset, std::size_t size_bytes) {
+#if defined(__SSE2__)
+  if (size_bytes >= kPrefetchBytes && size_bytes % kLineBytes == 0) {
+    GatherLines(to, from, offset, size_bytes);
+    return;
+  }
+#endif
+  for (std::size_t i = 0; i < from.size(); ++i) std::memcpy(to + i * size_bytes, from[i] + offset, size_bytes);
+}
 
 void CopySpan(std::byte* to, const std::byte* from, std::size_t size_bytes) {
 #if defined(__SSE2__)

@@ -79,8 +79,7 @@ void CpuStream::Copy(std::byte* to, const std::byte* from, std::size_t size_byte
 void CpuStream::Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
                        std::size_t size_bytes) {
   Push(WorkItem([this, to, from, offset, size_bytes] {
-    if (failed_) return;
-    for (std::size_t i = 0; i < from.size(); ++i) std::memcpy(to + i * size_bytes, from[i] + offset, size_bytes);
+    if (!failed_) GatherSpans(to, from, offset, size_bytes);
   }));
 }
 

@@ -79,6 +79,26 @@ TEST(DeviceTest, CopiesEverySizeAndAlignment) {
   }
 }
 
+TEST(DeviceTest, GathersSpansOfEverySize) {
+  constexpr std::size_t kSpans = 5;
+  constexpr std::size_t kOffset = 192;
+  std::vector<std::byte> source(kSpans * 20'000);
+  for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::byte>(i * 131 >> 3);
+  const auto device = MakeDevice();
+  const auto stream = device->NewStream().value();
+  for (const std::size_t size : {1UL, 64UL, 2047UL, 2048UL, 2112UL, 2113UL, 16'384UL}) {
+    std::vector<const std::byte*> from;
+    for (std::size_t i = 0; i < kSpans; ++i) from.push_back(source.data() + (i * 3 % kSpans) * 20'000);
+    std::vector<std::byte> to(kSpans * size + 64);
+    stream->Gather(to.data(), from, kOffset, size);
+    ASSERT_TRUE(stream->Record()->Await().ok());
+    for (std::size_t i = 0; i < kSpans; ++i) {
+      EXPECT_EQ(std::memcmp(to.data() + i * size, from[i] + kOffset, size), 0) << "span " << i << " of " << size;
+    }
+    EXPECT_EQ(to[kSpans * size], std::byte{0}) << "written behind the end";
+  }
+}
+
 TEST(DeviceTest, MemoryIsBoundedZeroedAlignedAndGivenBack) {
   CpuDeviceOptions options;
   options.memory_bytes = std::size_t{8} << 20;
