@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <mutex>
 #include <thread>
@@ -62,6 +63,7 @@ class ThreadedEngine : public Engine {
   absl::Status Calibrate(Device& device);
   StepWork WorkOf(const StepPlan& plan) const;
   void CollectTransfers();
+  void AddLayerLoads(EngineStatus& status) const;
   void Beat() { last_beat_.store(Now(), std::memory_order_relaxed); }
 
   const std::unique_ptr<Model> model_;
@@ -151,6 +153,12 @@ absl::Status ThreadedEngine::Start(Device& device) {
       .max_blocks_per_sequence = std::min(BlocksFor(options_.max_model_len), static_cast<std::int32_t>(num_blocks)),
       .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
   std::unique_ptr<HomeReader> home_reader;
+  std::unique_ptr<LayerLoader> layer_loader;
+  if (max_home_blocks > 0 && options_.layer_loads != LayerLoads::kNever &&
+      options_.max_transfer_bytes_per_second == 0) {
+    ASSIGN_OR_RETURN(layer_loader, LayerLoader::Make(device, *store_->link()));
+  }
+  const LayerLoads layer_loads = layer_loader ? options_.layer_loads : LayerLoads::kNever;
   if (max_home_blocks > 0) {
     const bool must_stage = options_.link_bytes_per_second > 0 || options_.stages_always;
     ASSIGN_OR_RETURN(home_reader, HomeReader::Make(device, {.path = HomePath(device.host_kv(), must_stage),
@@ -161,7 +169,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
                                                             .max_home_blocks = max_home_blocks,
                                                             .staging_blocks = options_.staging_blocks}));
   }
-  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, std::move(home_reader), options_.hash_logits));
+  ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, std::move(home_reader), std::move(layer_loader),
+                                             options_.hash_logits));
   RETURN_IF_ERROR(Calibrate(device));
   scheduler_ = std::make_unique<Scheduler>(
       *store_, chain_,
@@ -170,7 +179,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
                          .long_prefill_token_threshold = options_.long_prefill_token_threshold,
                          .enable_prefix_caching = options_.enable_prefix_caching,
                          .policy = options_.scheduling_policy,
-                         .load_choice = options_.load_choice},
+                         .load_choice = options_.load_choice,
+                         .layer_loads = layer_loads},
       observer_, &*cost_model_);
   Beat();
   thread_ = std::thread([this] {
@@ -247,6 +257,23 @@ bool ThreadedEngine::ResetPrefixCache() {
   return was_idle;
 }
 
+// What came up inside steps is restored as well, a layer of a block a copy.
+void ThreadedEngine::AddLayerLoads(EngineStatus& status) const {
+  const std::int64_t blocks = runner_->loaded_blocks();
+  if (blocks == 0) return;
+  const KvLayout& layout = store_->layout();
+  const std::int64_t bytes = blocks * static_cast<std::int64_t>(layout.block_bytes());
+  const double seconds = runner_->load_seconds();
+  status.restored_blocks += blocks;
+  status.restored_bytes += bytes;
+  status.restore_seconds += seconds;
+  CopyStats& copies = status.restore_copies[static_cast<std::size_t>(std::bit_width(layout.layer_bytes())) - 1];
+  copies.copies += blocks * layout.num_layers;
+  copies.blocks += blocks;
+  copies.bytes += bytes;
+  copies.seconds += seconds;
+}
+
 EngineStatus ThreadedEngine::status() const {
   EngineStatus status;
   status.num_running = num_running_.load(std::memory_order_relaxed);
@@ -260,6 +287,7 @@ EngineStatus ThreadedEngine::status() const {
   status.restored_bytes = restores.bytes;
   status.restore_seconds = restores.seconds;
   status.restore_copies = restores.by_copy_size;
+  AddLayerLoads(status);
   const TransferStats stores = store_->transfer_stats(Transfer::Kind::kStore);
   status.stored_blocks = stores.blocks;
   status.stored_bytes = stores.bytes;
@@ -391,7 +419,7 @@ bool ThreadedEngine::RunStep() {
   }
   const double done = Now();
   const double step_seconds = done - launched;
-  cost_model_->OnStep(work, step_seconds);
+  if (plan.num_arriving == 0) cost_model_->OnStep(work, step_seconds);  // else it may have waited for the link
   compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + step_seconds, std::memory_order_relaxed);
   Digest(plan);
   if (observer_ != nullptr) {

@@ -44,7 +44,8 @@ struct EngineOptions {
   // says so: benchmarks and tests.
   std::int32_t staging_blocks = 256;  // a multiple of kSegmentTokens / kBlockTokens
   bool stages_always = false;
-  double link_bytes_per_second = 0;  // paces copies to and from the host tier (LinkPacing); 0: not paced
+  LayerLoads layer_loads = LayerLoads::kHidden;  // never where copies are capped, or the device cannot
+  double link_bytes_per_second = 0;              // paces copies to and from the host tier (LinkPacing); 0: not paced
   double link_latency_seconds = 0;
   double max_transfer_bytes_per_second = 0;                  // caps copies to and from the host tier; 0: no cap
   double calibration_seconds = 0.15;                         // of CalibrationOptions
@@ -110,9 +111,9 @@ struct EngineStatus {
   double store_seconds = 0;
   CopySizes restore_copies{};  // the same, by the size of a copy
   CopySizes store_copies{};
-  std::int64_t evicted_blocks = 0;   // forgotten by the device tier for others, since start
-  std::int64_t home_blocks = 0;      // host slots that running sequences hold
-  std::int64_t home_blocks_max = 0;  // 0: sequences do not exceed the device tier
+  std::int64_t evicted_blocks = 0;    // forgotten by the device tier for others, since start
+  std::int64_t home_blocks = 0;       // host slots that running sequences hold
+  std::int64_t home_blocks_max = 0;   // 0: sequences do not exceed the device tier
   std::int64_t moved_home_bytes = 0;
   double move_home_seconds = 0;
   std::int64_t home_buffer_bytes = 0;   // reserved on the device to attend to home blocks

@@ -288,6 +288,7 @@ absl::Status DenseDecoder::Reserve(std::int64_t max_tokens, std::int64_t max_sam
 }
 
 void DenseDecoder::Attend(Stream& stream, const StepArrays& arrays, const KvView& kv, int layer) const {
+  if (arrays.layer_loader != nullptr) arrays.layer_loader->Load(stream, layer);
   const std::int64_t num_resident = arrays.num_sequences - arrays.num_streamed;
   AttentionArgs args{.q = workspace_.query,
                      .q_dtype = dtype_,

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/home_reader.h"
+#include "engine/layer_loader.h"
 #include "engine/model_config.h"
 #include "engine/safetensors.h"
 #include "kernels/kernels.h"
@@ -43,6 +44,7 @@ struct StepArrays {
   std::int64_t num_streamed = 0;
   HomeReader* home_reader = nullptr;
   HomeReader::Layout home{};
+  LayerLoader* layer_loader = nullptr;  // null: no blocks come up inside this step
 };
 
 class Model {

@@ -38,6 +38,9 @@ StepPlan Scheduler::Plan(double now) {
   const auto streamed =
       std::stable_partition(plan.sequences.begin(), plan.sequences.end(),
                             [](const PlannedSequence& planned) { return planned.sequence->num_home == 0; });
+  for (const PlannedSequence& planned : plan.sequences) {
+    plan.num_arriving += static_cast<std::int32_t>(planned.sequence->arriving.size());
+  }
   plan.num_streamed = static_cast<std::int32_t>(plan.sequences.end() - streamed);
   return plan;
 }
@@ -136,6 +139,7 @@ bool Scheduler::RevokeNewestLoad() {
 void Scheduler::GiveUpTail(Sequence& sequence) {
   for (const auto& restoring : sequence.restoring) store_.Detach(restoring);
   sequence.restoring.clear();
+  if (sequence.num_blocks() > sequence.load_begin) KvStore::Release(sequence.arriving);
   while (sequence.num_blocks() > sequence.load_begin) sequence.blocks.pop_back();
   std::erase(splits_, &sequence);
 }
@@ -172,6 +176,7 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
   }
   KvStore::Release(sequence.blocks);
   KvStore::Release(sequence.home);
+  KvStore::Release(sequence.arriving);
   sequence.num_home = 0;
   if (!sequence.was_scheduled) sequence.num_cached_below = 0;
   sequence.num_computed = 0;
@@ -242,9 +247,17 @@ bool Scheduler::Settle(Sequence& sequence) {
     }
   }
   sequence.num_computed = sequence.num_published * kBlockTokens;
-  sequence.load_begin = sequence.num_published;
+  if (num_sound == static_cast<std::int32_t>(sequence.restoring.size())) CountArriving(sequence);
+  sequence.load_begin = sequence.num_computed / kBlockTokens;
   GiveUpTail(sequence);
   return true;
+}
+
+// What comes up inside the next step counts as computed already, though it is not published before.
+void Scheduler::CountArriving(Sequence& sequence) {
+  const auto tokens = static_cast<std::int32_t>(sequence.arriving.size()) * kBlockTokens;
+  sequence.num_computed += tokens;
+  if (!sequence.was_scheduled) sequence.num_cached_below += tokens;
 }
 
 void Scheduler::Run(Sequence& sequence, StepPlan& plan, double now) {
@@ -272,6 +285,7 @@ void Scheduler::Computed(const StepPlan& plan) {
     Sequence& sequence = *planned.sequence;
     sequence.num_computed += sequence.num_planned;
     sequence.num_planned = 0;
+    KvStore::Release(sequence.arriving);
     GrowKeys(sequence);
     const std::int32_t full = sequence.num_computed / kBlockTokens;
     // The home copy of a long sequence's block is also the one that others may find.
@@ -375,6 +389,7 @@ void Scheduler::CheckInvariants() const {
   SPILLWAY_CHECK(count(Place::kLoading) == loading_.size() && count(Place::kReady) == ready_.size());
   for (const Sequence* const sequence : all) {
     const auto restoring = static_cast<std::int32_t>(sequence->restoring.size());
+    const auto arriving = static_cast<std::int32_t>(sequence->arriving.size());
     HomeKeeper::CheckInvariants(*sequence);
     switch (sequence->place) {
       case Place::kWaiting:
@@ -382,16 +397,16 @@ void Scheduler::CheckInvariants() const {
       case Place::kHeld:
       case Place::kAwaiting:
         SPILLWAY_CHECK(sequence->num_blocks() == 0 && sequence->num_computed == 0 && sequence->num_claimed == 0);
-        SPILLWAY_CHECK(sequence->home.empty());
+        SPILLWAY_CHECK(sequence->home.empty() && sequence->arriving.empty());
         break;
       case Place::kLoading:
       case Place::kReady:
-        SPILLWAY_CHECK(sequence->num_blocks() == sequence->num_published + restoring);
+        SPILLWAY_CHECK(sequence->num_blocks() == sequence->num_published + restoring + arriving);
         SPILLWAY_CHECK(sequence->num_claimed == 0);
         break;
       case Place::kRunning:
         SPILLWAY_CHECK(sequence->num_computed + sequence->num_planned <= sequence->num_blocks() * kBlockTokens);
-        SPILLWAY_CHECK(sequence->num_published * kBlockTokens <= sequence->num_computed);
+        SPILLWAY_CHECK((sequence->num_published + arriving) * kBlockTokens <= sequence->num_computed);
         SPILLWAY_CHECK(restoring == 0 || sequence->num_blocks() == sequence->load_begin + restoring);
         break;
     }

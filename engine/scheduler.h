@@ -62,6 +62,7 @@ class Scheduler {
     bool enable_prefix_caching = true;
     SchedulingPolicy policy = SchedulingPolicy::kFcfs;
     LoadChoice load_choice = LoadChoice::kLoad;
+    LayerLoads layer_loads = LayerLoads::kNever;
     double ageing_seconds = 1;
   };
 
@@ -118,6 +119,7 @@ class Scheduler {
   void AdmitReady(StepPlan& plan, double now);
   bool Settle(Sequence& sequence);
   void GiveUpTail(Sequence& sequence);
+  static void CountArriving(Sequence& sequence);
 
   // scheduler_admission.cc
   void Admit(StepPlan& plan, double now);
@@ -139,6 +141,8 @@ class Scheduler {
   static Prefill PrefillOf(const Sequence& sequence, std::size_t num_below);
   Restoration Choose(const Prefill& prefill, const Backlog& backlog) const;
   Backlog CurrentBacklog() const;
+  std::size_t NumArriving(const Sequence& sequence, const Restoration& restoration) const;
+  void PinArriving(Sequence& sequence, std::span<const BlockKey> keys, std::size_t first_block) const;
   void StartLoading(Sequence& sequence, std::span<const BlockKey> below, const Restoration& restoration);
 
   void Run(Sequence& sequence, StepPlan& plan, double now);

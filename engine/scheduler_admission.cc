@@ -163,20 +163,22 @@ void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockK
   sequence.num_computed = sequence.num_published * kBlockTokens;
   const Prefill prefill = PrefillOf(sequence, CountBelow(sequence, missing));
   if (prefill.below > 0) StartLoading(sequence, missing, Choose(prefill, CurrentBacklog()));
+  const std::size_t num_loaded = sequence.restoring.size() + sequence.arriving.size();
   if (sequence.place == Place::kHeld) {
-    const std::size_t bytes = sequence.restoring.size() * store_.layout().block_bytes();
+    const std::size_t bytes = num_loaded * store_.layout().block_bytes();
     held_.Grant(sequence, static_cast<std::int64_t>(bytes));
   }
   LeaveQueue(sequence);
   if (!sequence.was_scheduled && observer_ != nullptr && Matches(sequence)) {
     observer_->OnPrefixQuery(sequence.num_prompt, sequence.num_computed - num_pinned * kBlockTokens);
     observer_->OnPrefixQueryBelow((num_pinned + static_cast<std::int64_t>(missing.size())) * kBlockTokens,
-                                  (num_pinned + static_cast<std::int64_t>(sequence.restoring.size())) * kBlockTokens);
+                                  (num_pinned + static_cast<std::int64_t>(num_loaded)) * kBlockTokens);
   }
   if (!sequence.restoring.empty() && sequence.load_begin == sequence.num_published) {
     sequence.place = Place::kLoading;
     loading_.push_back(&sequence);
   } else {
+    CountArriving(sequence);
     Run(sequence, plan, now);
   }
 }
@@ -218,6 +220,34 @@ Backlog Scheduler::CurrentBacklog() const {
           .compute_seconds = costs_->ComputeSeconds(0, tokens)};
 }
 
+// How many of the last blocks to load come up inside the step that follows.
+std::size_t Scheduler::NumArriving(const Sequence& sequence, const Restoration& restoration) const {
+  if (options_.layer_loads == LayerLoads::kNever || restoration.recomputed > 0 || keeper_.IsLong(sequence)) return 0;
+  const auto num_loaded = static_cast<std::size_t>(restoration.loaded / kBlockTokens);
+  if (options_.layer_loads == LayerLoads::kAlways) return num_loaded;
+  if (costs_ == nullptr || store_.num_restoring() > 0) return 0;
+  const std::int64_t cached = std::int64_t{sequence.num_blocks()} * kBlockTokens + restoration.loaded;
+  std::int64_t chunk = std::min<std::int64_t>(sequence.size() - cached, options_.max_num_batched_tokens);
+  if (options_.long_prefill_token_threshold > 0) {
+    chunk = std::min<std::int64_t>(chunk, options_.long_prefill_token_threshold);
+  }
+  const double hidden = costs_->ComputeSeconds(cached, chunk) / costs_->LoadSeconds(restoration.loaded);
+  return hidden >= 1 ? num_loaded : static_cast<std::size_t>(static_cast<double>(num_loaded) * hidden);
+}
+
+// Pins the host tier's copies of all these blocks, or of none.
+void Scheduler::PinArriving(Sequence& sequence, std::span<const BlockKey> keys, std::size_t first_block) const {
+  const auto tokens = std::span<const std::int32_t>(sequence.tokens).subspan(first_block * kBlockTokens);
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    std::shared_ptr<HomeBlock> pinned = store_.PinHome(keys[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
+    if (!pinned) {
+      KvStore::Release(sequence.arriving);
+      return;
+    }
+    sequence.arriving.push_back(std::move(pinned));
+  }
+}
+
 // Asks for the tail of what lower tiers have, and holds blocks for the head.
 void Scheduler::StartLoading(Sequence& sequence, std::span<const BlockKey> below, const Restoration& restoration) {
   if (restoration.loaded == 0) return;
@@ -232,12 +262,27 @@ void Scheduler::StartLoading(Sequence& sequence, std::span<const BlockKey> below
     sequence.blocks.push_back(*std::move(block));
   }
   sequence.load_begin = sequence.num_blocks();
-  for (std::size_t i = num_head; i < num_blocks; ++i) {
+  const std::size_t num_arriving = NumArriving(sequence, restoration);
+  const std::size_t first_arriving = num_blocks - num_arriving;
+  PinArriving(sequence, below.subspan(first_arriving, num_arriving), first / kBlockTokens + first_arriving);
+  for (std::size_t i = num_head; i < num_blocks - sequence.arriving.size(); ++i) {
     if (store_.num_available() == 0) MakeAvailable();
     auto restored = store_.Restore(below[i], tokens.subspan(i * kBlockTokens, kBlockTokens));
-    if (!restored) return;
+    if (!restored) {
+      KvStore::Release(sequence.arriving);
+      return;
+    }
     sequence.blocks.push_back(std::move(restored->block));
     sequence.restoring.push_back(std::move(restored->restoring));
+  }
+  for (std::size_t i = 0; i < sequence.arriving.size(); ++i) {
+    if (store_.num_available() == 0) MakeAvailable();
+    std::optional<BlockRef> block = store_.Take();
+    if (!block) {
+      sequence.arriving.resize(i);
+      return;
+    }
+    sequence.blocks.push_back(*std::move(block));
   }
 }
 

@@ -22,6 +22,11 @@ inline constexpr std::array<std::string_view, 3> kSchedulingPolicyNames = {"fcfs
 // one, load.
 enum class LoadChoice : std::uint8_t { kAuto, kLoad, kRecompute, kSplit };
 
+// Whether the tail of a load comes up layer by layer inside the step that computes what follows it (LayerLoader).
+// Hidden: so much of it as that step's compute hides, by the cost model, where no other load is under way. Always: all
+// that the host tier has; tests.
+enum class LayerLoads : std::uint8_t { kNever, kHidden, kAlways };
+
 inline constexpr std::array<std::string_view, 4> kLoadChoiceNames = {"auto", "load", "recompute", "split"};
 
 inline std::string_view NameOf(SchedulingPolicy policy) {

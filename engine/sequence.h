@@ -49,6 +49,8 @@ struct Sequence {
   std::int32_t num_claimed = 0;    // keys [num_published, num_claimed) are announced as being computed
   std::int32_t load_begin = 0;     // while blocks are coming up: the first of them; those before are computed
   std::vector<std::shared_ptr<Restoring>> restoring;  // of blocks [load_begin, blocks), one each
+  // Copies of the last computed blocks, unpublished, whose bytes the next step brings up while it computes.
+  std::vector<std::shared_ptr<HomeBlock>> arriving;
   Place place = Place::kWaiting;
   std::int32_t rank = 0;           // the request's priority where the policy heeds it, else 0
   std::uint64_t arrival = 0;       // 1, 2, ... in order of arrival
@@ -70,6 +72,10 @@ struct Sequence {
 
   std::int32_t size() const { return static_cast<std::int32_t>(tokens.size()); }
   std::int32_t num_blocks() const { return num_home + static_cast<std::int32_t>(blocks.size()); }
+  // Index into `blocks` of the first that is arriving.
+  std::size_t first_arriving() const {
+    return static_cast<std::size_t>(num_computed / kBlockTokens - num_home) - arriving.size();
+  }
   std::int32_t num_outputs() const { return size() - num_prompt; }
   std::int32_t num_uncomputed() const { return size() - num_computed; }
 };

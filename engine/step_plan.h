@@ -18,6 +18,7 @@ struct PlannedSequence {
 struct StepPlan {
   std::vector<PlannedSequence> sequences;  // the streamed ones, which have blocks at home only, behind the others
   std::int32_t num_streamed = 0;
+  std::int32_t num_arriving = 0;  // blocks that come up inside the step, see LayerLoader
   std::int32_t num_tokens = 0;
   std::int32_t num_prefill_tokens = 0;  // of sequences with more than one token to compute
   std::int32_t num_preempted = 0;

@@ -31,8 +31,10 @@ SampleRow SampleRowOf(const Sequence& sequence) {
 
 absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Model& model, const Limits& limits,
                                                              std::unique_ptr<HomeReader> home_reader,
+                                                             std::unique_ptr<LayerLoader> layer_loader,
                                                              bool hash_logits) {
-  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, limits, std::move(home_reader), hash_logits));
+  std::unique_ptr<StepRunner> runner(
+      new StepRunner(device, model, limits, std::move(home_reader), std::move(layer_loader), hash_logits));
   const std::int64_t max_sequences = device.PaddedRows(limits.max_sequences);
   const std::int64_t max_tokens = std::max<std::int64_t>(limits.max_tokens, max_sequences);
   const auto sequences = static_cast<std::size_t>(max_sequences);
@@ -143,9 +145,9 @@ void StepRunner::FillPadding(const StepPlan& plan, const Counts& counts, const L
 void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
   Counts counts = CountsOf(plan);
   num_results_ = static_cast<std::int64_t>(counts.sampled);
-  // With blocks at home it also queues passes over these.
-  const bool is_decode =
-      plan.num_streamed == 0 && counts.tokens == counts.sequences && counts.sampled == counts.sequences;
+  // With blocks at home it also queues passes over these, with blocks that come up their copies.
+  const bool is_decode = plan.num_streamed == 0 && plan.num_arriving == 0 && counts.tokens == counts.sequences &&
+                         counts.sampled == counts.sequences;
   if (is_decode) counts = PaddedDecode(counts.sequences, counts.blocks);
   Arena host_arena(host_metadata_.get(), host_metadata_.size_bytes);
   Arena device_arena(device_metadata_.get(), device_metadata_.size_bytes);
@@ -153,9 +155,11 @@ void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<vo
   const Layout device = LayOut(device_arena, counts);
   Fill(plan, counts, host);
   if (plan.num_streamed > 0) home_reader_->Fill(plan.streamed(), host.home);
+  LayerLoader* const loader = plan.num_arriving > 0 ? layer_loader_.get() : nullptr;
+  if (loader != nullptr) loader->Begin(plan.sequences, kv);
   stream_->Copy(device_metadata_.get(), host_metadata_.get(), host_arena.used());
   // What a decoding step queues, and where its arrays are, depends on its number of rows alone.
-  const auto queue = [&] { QueueStep(counts, device, kv); };
+  const auto queue = [&] { QueueStep(counts, device, kv, loader); };
   if (is_decode) {
     stream_->Repeat(counts.sequences, queue);
   } else {
@@ -168,7 +172,7 @@ void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<vo
   stream_->Notify(std::move(done));
 }
 
-void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvView& kv) {
+void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvView& kv, LayerLoader* layer_loader) {
   const StepArrays arrays{.num_tokens = static_cast<std::int64_t>(counts.tokens),
                           .num_sequences = static_cast<std::int64_t>(counts.sequences),
                           .num_sampled = static_cast<std::int64_t>(counts.sampled),
@@ -182,7 +186,8 @@ void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvV
                           .sampled_rows = device.sampled_rows,
                           .num_streamed = static_cast<std::int64_t>(counts.home.sequences),
                           .home_reader = home_reader_.get(),
-                          .home = device.home};
+                          .home = device.home,
+                          .layer_loader = layer_loader};
   const float* const logits = model_.Forward(*stream_, arrays, kv);
   if (counts.sampled == 0) return;
   device_.kernels().Sample(*stream_, {.logits = logits,

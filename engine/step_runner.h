@@ -29,10 +29,11 @@ class StepRunner {
     std::int32_t max_banned_per_sequence = 0;
   };
 
-  // Reserves the model's workspace. `device` and `model` outlive the runner. `home_reader`: null where no sequence has
-  // blocks at home.
+  // Reserves the model's workspace. `device` and `model` outlive the runner. `home_reader`, `layer_loader`: null where
+  // no sequence has blocks at home; where none come up inside a step.
   static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits,
-                                                          std::unique_ptr<HomeReader> home_reader, bool hash_logits);
+                                                          std::unique_ptr<HomeReader> home_reader,
+                                                          std::unique_ptr<LayerLoader> layer_loader, bool hash_logits);
 
   // Queues the step. The plan's sequences stay unchanged until done; `kv` is the same in every call. `done` may only
   // post to a mailbox.
@@ -46,6 +47,9 @@ class StepRunner {
   std::int64_t home_buffer_bytes() const {
     return home_reader_ ? static_cast<std::int64_t>(home_reader_->buffer_bytes()) : 0;
   }
+  // Any thread: blocks that came up inside steps, and the seconds that took.
+  std::int64_t loaded_blocks() const { return layer_loader_ ? layer_loader_->loaded_blocks() : 0; }
+  double load_seconds() const { return layer_loader_ ? layer_loader_->seconds() : 0; }
   std::int64_t streamed_bytes() const { return home_reader_ ? home_reader_->read_bytes() : 0; }
   std::span<const SampleResult> results() const { return {host_results_, static_cast<std::size_t>(num_results_)}; }
 
@@ -75,24 +79,26 @@ class StepRunner {
   };
 
   StepRunner(Device& device, Model& model, const Limits& limits, std::unique_ptr<HomeReader> home_reader,
-             bool hash_logits)
+             std::unique_ptr<LayerLoader> layer_loader, bool hash_logits)
       : device_(device),
         model_(model),
         max_banned_per_sequence_(static_cast<std::size_t>(limits.max_banned_per_sequence)),
         hash_logits_(hash_logits),
-        home_reader_(std::move(home_reader)) {}
+        home_reader_(std::move(home_reader)),
+        layer_loader_(std::move(layer_loader)) {}
   static Layout LayOut(Arena& arena, const Counts& counts);
   Counts CountsOf(const StepPlan& plan) const;
   Counts PaddedDecode(std::size_t num_sequences, std::size_t num_blocks) const;
   static void Fill(const StepPlan& plan, const Counts& counts, const Layout& host);
   static void FillPadding(const StepPlan& plan, const Counts& counts, const Layout& host);
-  void QueueStep(const Counts& counts, const Layout& device, const KvView& kv);
+  void QueueStep(const Counts& counts, const Layout& device, const KvView& kv, LayerLoader* layer_loader);
 
   Device& device_;
   Model& model_;
   const std::size_t max_banned_per_sequence_;
   const bool hash_logits_;
   const std::unique_ptr<HomeReader> home_reader_;
+  const std::unique_ptr<LayerLoader> layer_loader_;
   Buffer host_metadata_;
   Buffer device_metadata_;
   Buffer host_result_memory_;
