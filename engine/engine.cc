@@ -89,13 +89,16 @@ class ThreadedEngine : public Engine {
   std::atomic<std::int64_t> num_held_{0};
   std::atomic<std::int64_t> num_cold_{0};
   std::atomic<std::int64_t> num_evicted_{0};
+  std::atomic<std::int64_t> num_restoring_{0};
+  std::atomic<std::int64_t> num_storing_{0};
   std::atomic<double> compute_seconds_{0};
   std::atomic<std::int64_t> num_home_{0};
   std::atomic<std::int64_t> streamed_bytes_{0};
   mutable std::mutex failure_mutex_;  // guards failure_
   std::string failure_;
-  mutable std::mutex published_mutex_;  // guards published_model_
+  mutable std::mutex published_mutex_;  // guards published_model_, published_lookups_
   std::optional<CostModel> published_model_;
+  LookupStats published_lookups_;
   std::thread thread_;
 };
 
@@ -293,6 +296,8 @@ EngineStatus ThreadedEngine::status() const {
   status.stored_bytes = stores.bytes;
   status.store_seconds = stores.seconds;
   status.store_copies = stores.by_copy_size;
+  status.restoring_blocks = num_restoring_.load(std::memory_order_relaxed);
+  status.storing_blocks = num_storing_.load(std::memory_order_relaxed);
   status.evicted_blocks = num_evicted_.load(std::memory_order_relaxed);
   status.home_blocks = num_home_.load(std::memory_order_relaxed);
   status.home_blocks_max = store_->max_home();
@@ -309,6 +314,7 @@ EngineStatus ThreadedEngine::status() const {
   {
     const std::lock_guard lock(published_mutex_);
     status.cost_model = published_model_;
+    status.lookups = published_lookups_;
   }
   const double silence = Now() - last_beat_.load(std::memory_order_relaxed);
   if (status.failure.empty() && is_busy_.load() && silence > absl::ToDoubleSeconds(options_.stall_timeout)) {
@@ -536,8 +542,11 @@ void ThreadedEngine::PublishStatus() {
   num_evicted_.store(store_->num_evicted(), std::memory_order_relaxed);
   num_home_.store(store_->num_home(), std::memory_order_relaxed);
   streamed_bytes_.store(runner_->streamed_bytes(), std::memory_order_relaxed);
+  num_restoring_.store(static_cast<std::int64_t>(store_->num_restoring()), std::memory_order_relaxed);
+  num_storing_.store(static_cast<std::int64_t>(store_->num_storing()), std::memory_order_relaxed);
   const std::lock_guard lock(published_mutex_);
   published_model_ = cost_model_;
+  published_lookups_ = store_->lookups();
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "engine/scheduling_policy.h"
 #include "kernels/device.h"
 #include "kvstore/copy_stats.h"
+#include "kvstore/lookup_stats.h"
 
 namespace spillway {
 
@@ -111,6 +112,9 @@ struct EngineStatus {
   double store_seconds = 0;
   CopySizes restore_copies{};  // the same, by the size of a copy
   CopySizes store_copies{};
+  std::int64_t restoring_blocks = 0;  // on their way up now
+  std::int64_t storing_blocks = 0;    // on their way down
+  LookupStats lookups;                // of prefixes in lower tiers
   std::int64_t evicted_blocks = 0;    // forgotten by the device tier for others, since start
   std::int64_t home_blocks = 0;       // host slots that running sequences hold
   std::int64_t home_blocks_max = 0;   // 0: sequences do not exceed the device tier

@@ -336,6 +336,7 @@ void FileTier::Get(const BlockKey& key, std::span<const std::int32_t> tokens, st
   }
   std::ranges::copy(tokens, get.tokens.begin());
   ++stats_.in_flight;
+  ++stats_.reads_in_flight;
   reads_.push_back([this, get = std::move(get)] { Read(get); });
   changed_.notify_all();
 }
@@ -351,6 +352,7 @@ void FileTier::Read(const PendingGet& get) {
     if (!pin) {
       ++stats_.misses;
       --stats_.in_flight;
+      --stats_.reads_in_flight;
     }
   }
   if (!pin) {
@@ -370,12 +372,14 @@ void FileTier::Read(const PendingGet& get) {
     const std::lock_guard<std::mutex> lock(mutex_);
     volume->index.Unpin(*pin, status.ok() ? FileTierIndex::Verdict::kKeep : FileTierIndex::Verdict::kForget);
     --stats_.in_flight;
+    --stats_.reads_in_flight;
     stats_.read_seconds += SecondsSince(start);
     if (status.ok()) {
       ++stats_.hits;
       stats_.read_bytes += static_cast<std::int64_t>(options_.block_bytes);
     } else {
       ++stats_.misses;
+      if (!is_unsound) ++stats_.read_failures;
       ++(is_unsound ? stats_.checksum_failures : stats_.failures);
     }
   }

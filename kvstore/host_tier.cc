@@ -53,7 +53,7 @@ class DramTier : public HostTier {
     }
     std::optional<BlockRef> taken = TakeSlot();
     if (!taken) {
-      ++stats_.declined;
+      ++(cause == WriteCause::kFetched ? stats_.fetches_declined : stats_.declined);
       return std::nullopt;
     }
     sightings_.erase(key);

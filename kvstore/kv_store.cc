@@ -1,6 +1,8 @@
 #include "kvstore/kv_store.h"
 
 #include <algorithm>
+#include <bit>
+#include <chrono>
 #include <utility>
 
 #include "kernels/check.h"
@@ -76,7 +78,8 @@ void KvStore::MarkUsed(std::span<const BlockKey> keys, std::span<const std::int3
   }
 }
 
-std::size_t KvStore::CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) const {
+std::size_t KvStore::CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) {
+  const auto begin = std::chrono::steady_clock::now();
   const Tier* const lower = host_.lower();
   std::size_t count = 0;
   for (; count < keys.size(); ++count) {
@@ -85,6 +88,11 @@ std::size_t KvStore::CountBelow(std::span<const BlockKey> keys, std::span<const 
                           (lower != nullptr && lower->Contains(keys[count], of_block));
     if (!is_below) break;
   }
+  const std::chrono::duration<double> delay = std::chrono::steady_clock::now() - begin;
+  const auto bucket = static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(1e6 * delay.count())));
+  ++lookups_.by_microseconds[std::min(bucket, lookups_.by_microseconds.size() - 1)];
+  ++lookups_.count;
+  lookups_.seconds += delay.count();
   return count;
 }
 

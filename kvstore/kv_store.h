@@ -30,6 +30,7 @@
 #include "kvstore/block_key.h"
 #include "kvstore/block_pool.h"
 #include "kvstore/host_tier.h"
+#include "kvstore/lookup_stats.h"
 #include "kvstore/prefix_index.h"
 #include "kvstore/transfer_engine.h"
 
@@ -90,8 +91,9 @@ class KvStore {
   // keys[i] names tokens [16 i, 16 i + 16). At most keys.size() blocks.
   std::vector<BlockRef> Match(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens);
   // How many of keys[0], keys[1], ... lower tiers have, up to the first they lack. Advisory.
-  std::size_t CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens) const;
-  std::optional<BlockRef> Take();  // nullopt: every block is held
+  std::size_t CountBelow(std::span<const BlockKey> keys, std::span<const std::int32_t> tokens);
+  const LookupStats& lookups() const { return lookups_; }  // of CountBelow
+  std::optional<BlockRef> Take();                          // nullopt: every block is held
   // All 16 rows of every layer are written by work that is done. A key that is known already keeps its first block;
   // this one then stays private to its holders.
   void Publish(const BlockRef& block, const BlockKey& key, std::span<const std::int32_t> tokens,
@@ -123,6 +125,7 @@ class KvStore {
   // Blocks that only transfers hold: they come back without anyone's doing.
   std::uint32_t num_returning() const;
   std::size_t num_restoring() const { return restoring_.size(); }  // blocks on their way up
+  std::size_t num_storing() const { return num_storing_; }         // on their way down
   bool has_transfers() const { return !outstanding_.empty(); }
 
   // Releases back to front, so that a prefix's tail is evicted before its head.
@@ -183,6 +186,7 @@ class KvStore {
   absl::flat_hash_set<BlockKey> storing_keys_;  // of unstored_ and of stores under way
   std::uint32_t num_storing_ = 0;
   std::int64_t num_evicted_ = 0;
+  LookupStats lookups_;
   absl::flat_hash_map<BlockKey, std::shared_ptr<Restoring>> restoring_;
   absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
   PacedLink* link_ = nullptr;                  // of transfers_

@@ -23,12 +23,15 @@ struct TierStats {
   std::int64_t skipped = 0;   // blocks that were offered and not seen often enough
   std::int64_t evictions = 0;
   std::int64_t checksum_failures = 0;
-  std::int64_t failures = 0;  // I/O errors
+  std::int64_t failures = 0;       // I/O errors
+  std::int64_t read_failures = 0;  // of these, in reads
   std::int64_t read_bytes = 0;
   std::int64_t written_bytes = 0;
   double read_seconds = 0;
   double write_seconds = 0;
-  std::int64_t in_flight = 0;  // operations
+  std::int64_t in_flight = 0;         // operations
+  std::int64_t reads_in_flight = 0;   // of these
+  std::int64_t fetches_declined = 0;  // blocks on their way up from the tier below that found no room here
   std::int64_t resident_blocks = 0;
   std::int64_t resident_bytes = 0;
   std::int64_t capacity_blocks = 0;

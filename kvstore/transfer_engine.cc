@@ -158,7 +158,9 @@ bool TransferEngine::Prepare(Transfer& transfer) {
 void TransferEngine::Launch(std::vector<Transfer> transfers) {
   const Transfer::Kind kind = transfers.front().kind;
   Batch batch{.kind = kind, .transfers = std::move(transfers), .begun = Now()};
-  std::ranges::sort(batch.transfers, {}, &Transfer::device_bytes);
+  if (!std::ranges::is_sorted(batch.transfers, {}, &Transfer::device_bytes)) {  // mostly it is, and moves cost
+    std::ranges::sort(batch.transfers, {}, &Transfer::device_bytes);
+  }
   const std::size_t block_bytes = options_.block_bytes;
   const std::vector<Transfer>& all = batch.transfers;
   for (std::size_t begin = 0, end = 1; begin < all.size(); begin = end++) {

@@ -17,6 +17,7 @@
 #include "server/log.h"
 #include "server/machine_memory.h"
 #include "server/model_path.h"
+#include "server/numa_placement.h"
 #include "server/option_values.h"
 #include "server/progress.h"
 
@@ -136,6 +137,18 @@ std::int64_t HostTierBytes(const CacheChoice& choice, const MachineMemory& memor
   return choice.kv_offloading_size < 0 ? DefaultHostTierBytes(memory, weight_bytes) : choice.kv_offloading_size;
 }
 
+// Pages that are pinned for a GPU are there already, where the driver has put them.
+void PlaceSlab(const Device& device, const Buffer& slab) {
+  if (device.host_kv() != HostKv::kInPlace) return;
+  const absl::StatusOr<std::string> placed = PlaceOnLocalNodes(slab.get(), slab.size_bytes);
+  if (placed.ok()) {
+    Log(LogLevel::kInfo, "host tier placed", {{"memory_nodes", *placed}});
+  } else {
+    Log(LogLevel::kWarning, "the host tier's pages lie where they are touched first",
+        {{"why", std::string(placed.status().message())}});
+  }
+}
+
 // A tier of less than one block is none. `weight_bytes` and `device_bytes`: of all engines.
 absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
                                                    std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
@@ -149,6 +162,7 @@ absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, co
         {{"host_tier", ShowSize(bytes)}, {"kv_cache", ShowSize(device_bytes)}});
   }
   ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kPinnedHost, num_blocks * layout.block_bytes()));
+  PlaceSlab(device, slab);
   return MakeHostTier(std::move(slab),
                       {.block_bytes = layout.block_bytes(),
                        .num_blocks = static_cast<std::uint32_t>(std::min<std::uint64_t>(num_blocks, 0x7fffffff)),

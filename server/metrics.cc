@@ -13,6 +13,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <string_view>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -35,6 +36,13 @@ const Buckets kRequestBuckets = {.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10,   15,  
                                  30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
 const Buckets kCopyBuckets = {1e6, 5e6, 10e6, 20e6, 40e6, 60e6, 80e6, 100e6, 150e6, 200e6};
+const Buckets kLookupBuckets = [] {
+  Buckets bounds;
+  for (std::size_t i = 0; i + 1 < LookupStats().by_microseconds.size(); ++i) {
+    bounds.push_back(1e-6 * static_cast<double>(1U << i));
+  }
+  return bounds;
+}();
 const Buckets kKappaBuckets = {.1, .25, .5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384};
 const Buckets kOverheadBuckets = {.01, .1, .25, .5, 1, 2, 4, 8, 16, 32, 64, 128};
 const Buckets kHttpBuckets = {.01, .05, .1, .5, 1, 5, 10, 60};
@@ -224,8 +232,36 @@ class EngineMetrics : public EngineObserver {
                number(tier.declined));
     MakeGauge("vllm:kv_offload_cpu_cache_usage_perc", "Share of host slots that transfers hold now, 0 to 1.")
         .Set(tier.capacity_blocks > 0 ? number(tier.in_flight) / number(tier.capacity_blocks) : 0);
+    const auto share = [&](std::int64_t blocks) {
+      return tier.capacity_blocks > 0 ? number(blocks) / number(tier.capacity_blocks) : 0;
+    };
+    MakeGauge("vllm:kv_offload_cpu_write_usage_perc", "Share of host slots that stores fill now, 0 to 1.")
+        .Set(share(status.storing_blocks));
+    MakeGauge("vllm:kv_offload_cpu_read_usage_perc", "Share of host slots that loads read now, 0 to 1.")
+        .Set(share(status.restoring_blocks));
+    ShowLookups(status.lookups);
     ShowCopies("load", status.restore_copies, loads_shown_);
     ShowCopies("store", status.store_copies, stores_shown_);
+  }
+  // The index of every tier is in memory, so that no lookup waits: the asynchronous ones of vLLM stay at none.
+  void ShowLookups(const LookupStats& now) {
+    std::vector<double> increments(kLookupBuckets.size() + 1);
+    for (std::size_t i = 0; i < increments.size(); ++i) {
+      increments[i] = static_cast<double>(now.by_microseconds[i] - lookups_shown_.by_microseconds[i]);
+    }
+    const double seconds = now.seconds - lookups_shown_.seconds;
+    lookups_shown_ = now;
+    for (const char* const family :
+         {"vllm:kv_offload_lookup_sync_delay_seconds", "vllm:kv_offload_tiering_lookup_sync_delay_seconds"}) {
+      const bool is_tiering = std::string_view(family).find("tiering") != std::string_view::npos;
+      MakeHistogram(family, "Seconds of a look-up of a prefix below the device.", kLookupBuckets,
+                    is_tiering ? Labels{{"tier", "0:primary"}} : Labels())
+          .ObserveMultiple(increments, seconds);
+    }
+    MakeHistogram("vllm:kv_offload_lookup_async_delay_seconds", "Seconds of look-ups that wait; none do.",
+                  kLookupBuckets);
+    MakeHistogram("vllm:kv_offload_tiering_lookup_async_delay_seconds", "Seconds of look-ups that wait; none do.",
+                  kLookupBuckets, {{"tier", "0:primary"}});
   }
   // By the size of a copy, and as vLLM's histogram of sizes.
   void ShowCopies(const std::string& kind, const CopySizes& now, CopySizes& shown) {
@@ -267,8 +303,9 @@ class EngineMetrics : public EngineObserver {
   Gauge& MakeGauge(const std::string& name, const std::string& help, const Labels& more = {}) {
     return prometheus::BuildGauge().Name(name).Help(help).Register(registry_).Add(With(more));
   }
-  Histogram& MakeHistogram(const std::string& name, const std::string& help, const Buckets& buckets) {
-    return prometheus::BuildHistogram().Name(name).Help(help).Register(registry_).Add(labels_, buckets);
+  Histogram& MakeHistogram(const std::string& name, const std::string& help, const Buckets& buckets,
+                           const Labels& more = {}) {
+    return prometheus::BuildHistogram().Name(name).Help(help).Register(registry_).Add(With(more), buckets);
   }
   void AddMore(const std::string& name, const std::string& help, const Labels& more, double value) {
     MakeCounter(name, help, more).Increment(value);
@@ -314,6 +351,7 @@ class EngineMetrics : public EngineObserver {
   const Engine* engine_ = nullptr;
   CopySizes loads_shown_{};
   CopySizes stores_shown_{};
+  LookupStats lookups_shown_;
 };
 
 class PrometheusMetrics : public Metrics {
@@ -403,7 +441,48 @@ class PrometheusMetrics : public Metrics {
     stats.written_bytes = sum.stored_bytes;
     stats.write_seconds = sum.store_seconds;
     ShowTier("host", stats);
-    if (const Tier* const lower = host->lower()) ShowTier(std::string(lower->name()), lower->stats());
+    ShowTiering("0:primary", stats);
+    const Tier* const lower = host->lower();
+    if (lower == nullptr) return;
+    const TierStats below = lower->stats();
+    ShowTier(std::string(lower->name()), below);
+    ShowTiering("1:fs", below);
+    ShowJobs(host->stats(), below);
+  }
+  // vLLM's names of what a tier does; promotions bring blocks up from below the host tier, cascades take them there.
+  void ShowTiering(const std::string& tier, const TierStats& stats) {
+    const auto count = [&](const char* what, const char* help, double value) {
+      CountOfTiering(absl::StrCat("vllm:kv_offload_tiering_", what, "_total"), help, tier, value);
+    };
+    count("read_bytes", "Bytes read from a tier.", static_cast<double>(stats.read_bytes));
+    count("read_time", "Seconds of reads, summed.", stats.read_seconds);
+    count("write_bytes", "Bytes written to a tier.", static_cast<double>(stats.written_bytes));
+    count("write_time", "Seconds of writes, summed.", stats.write_seconds);
+    count("chunk_queries", "Blocks asked of a tier.", static_cast<double>(stats.hits + stats.misses));
+    count("chunk_hits", "Blocks found in it.", static_cast<double>(stats.hits));
+  }
+  void ShowJobs(const TierStats& host, const TierStats& below) {
+    const std::string tier = "1:fs";
+    CountOfTiering("vllm:kv_offload_tiering_promotion_job_failures_total", "Reads that failed or were not sound.", tier,
+                   static_cast<double>(below.read_failures + below.checksum_failures));
+    CountOfTiering("vllm:kv_offload_tiering_cascade_job_failures_total", "Writes that failed.", tier,
+                   static_cast<double>(below.failures - below.read_failures));
+    CountOfTiering("vllm:kv_offload_tiering_promotion_allocation_failures_total",
+                   "Blocks that found no host slot on their way up.", tier, static_cast<double>(host.fetches_declined));
+    const auto show = [&](const char* family, const char* help, std::int64_t value) {
+      prometheus::BuildGauge()
+          .Name(family)
+          .Help(help)
+          .Register(registry_)
+          .Add(OfTier(tier))
+          .Set(static_cast<double>(value));
+    };
+    show("vllm:kv_offload_tiering_active_promotion_jobs", "Reads under way.", below.reads_in_flight);
+    show("vllm:kv_offload_tiering_active_cascade_jobs", "Writes under way.", below.in_flight - below.reads_in_flight);
+  }
+  void CountOfTiering(const std::string& name, const std::string& help, const std::string& tier, double value) {
+    Counter& counter = AddCounter(name, help, OfTier(tier));
+    counter.Increment(std::max(0.0, value - counter.Value()));
   }
   void ShowTier(const std::string& name, const TierStats& tier) {
     const auto number = [](std::int64_t value) { return static_cast<double>(value); };
@@ -417,7 +496,7 @@ class PrometheusMetrics : public Metrics {
     count("spillway_kv_hits_total", "Blocks found in a tier.", number(tier.hits));
     count("spillway_kv_misses_total", "Blocks asked of a tier that it lacked.", number(tier.misses));
     count("spillway_kv_declined_total", "Blocks offered to a tier and not taken.",
-          number(tier.declined + tier.skipped));
+          number(tier.declined + tier.skipped + tier.fetches_declined));
     count("spillway_kv_evictions_total", "Blocks evicted from a tier.", number(tier.evictions));
     count("spillway_kv_checksum_failures_total", "Blocks found changed.", number(tier.checksum_failures));
     count("spillway_kv_failures_total", "Operations that failed.", number(tier.failures));

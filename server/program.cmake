@@ -23,6 +23,7 @@ target_sources(
           machine_memory.cc
           model_path.cc
           modelled_choice.cc
+          numa_placement.cc
           option_docs.cc
           option_refusals.cc
           option_rows.cc

@@ -11,6 +11,7 @@
 #include "server/engine_host.h"
 #include "server/machine_memory.h"
 #include "server/model_path.h"
+#include "server/numa_placement.h"
 #include "tests/support/checkpoint_writer.h"
 
 namespace spillway {
@@ -34,6 +35,40 @@ class TemporaryFolder {
  private:
   std::string path_ = (fs::temp_directory_path() / "spillway-host-XXXXXX").string();
 };
+
+TEST(NumaPlacement, LocalNodesAreThoseOfTheCores) {
+  const TemporaryFolder folder;
+  folder.Write("sys/devices/system/node/has_memory", "0-1,3\n");
+  folder.Write("sys/devices/system/node/node0/cpulist", "0-3,8-11\n");
+  folder.Write("sys/devices/system/node/node1/cpulist", "4-7\n");
+  folder.Write("sys/devices/system/node/node2/cpulist", "12\n");  // cores without memory
+  folder.Write("sys/devices/system/node/node3/cpulist", "\n");    // memory without cores
+  EXPECT_EQ(LocalNodes({4}, folder.path()), std::vector<int>({1}));
+  EXPECT_EQ(LocalNodes({9, 5}, folder.path()), std::vector<int>({0, 1}));
+  EXPECT_EQ(LocalNodes({12}, folder.path()), std::vector<int>({0}));
+  EXPECT_EQ(LocalNodes({0}, "/nonexistent"), std::vector<int>({0}));
+}
+
+TEST(NumaPlacement, OneNodeNeedsNothing) {
+  const TemporaryFolder folder;
+  folder.Write("sys/devices/system/node/has_memory", "0\n");
+  EXPECT_EQ(PlaceOnLocalNodes(nullptr, 1 << 20, folder.path()).value(), "one node");
+  EXPECT_EQ(PlaceOnLocalNodes(nullptr, 1 << 20, "/nonexistent").value(), "one node");
+}
+
+// This machine's own node, among two that the folder claims: mbind is called and takes.
+TEST(NumaPlacement, PagesAreAskedOfTheNode) {
+  const TemporaryFolder folder;
+  folder.Write("sys/devices/system/node/has_memory", "0-1\n");
+  folder.Write("sys/devices/system/node/node0/cpulist", "0-1023\n");
+  folder.Write("sys/devices/system/node/node1/cpulist", "\n");
+  const auto device = MakeCpuDevice({}).value();
+  const Buffer slab = device->Allocate(MemoryKind::kPinnedHost, 4 << 20).value();
+  const auto placed = PlaceOnLocalNodes(slab.get(), slab.size_bytes, folder.path());
+  if (!placed.ok()) GTEST_SKIP() << placed.status();  // not every container lets it
+  EXPECT_EQ(*placed, "node 0");
+  EXPECT_FALSE(PlaceOnLocalNodes(slab.get() + 1, 4096, folder.path()).ok()) << "mbind was not called";
+}
 
 TEST(ResolveModel, TakesAFolderWithAConfig) {
   const TemporaryFolder folder;

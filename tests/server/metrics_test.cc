@@ -150,7 +150,14 @@ TEST(Metrics, TiersAreLabelledAndEnginesToldApart) {
                            R"(spillway_prefill_seconds_saved_total{model_name="m",tier="host"} 0.16)",
                            R"(vllm:kv_offload_load_bytes_total{engine="1",model_name="m"} 0)",
                            R"(vllm:kv_offload_stores_skipped_total{engine="0",model_name="m"} 0)",
-                           R"(vllm:kv_offload_cpu_cache_usage_perc{engine="0",model_name="m"} 0)"}) {
+                           R"(vllm:kv_offload_cpu_cache_usage_perc{engine="0",model_name="m"} 0)",
+                           R"(vllm:kv_offload_cpu_write_usage_perc{engine="0",model_name="m"} 0)",
+                           R"(vllm:kv_offload_cpu_read_usage_perc{engine="1",model_name="m"} 0)",
+                           R"(vllm:kv_offload_lookup_sync_delay_seconds_count{engine="0",model_name="m"} 0)",
+                           R"(vllm:kv_offload_lookup_async_delay_seconds_count{engine="0",model_name="m"} 0)",
+                           R"(vllm:kv_offload_tiering_chunk_queries_total{model_name="m",tier="0:primary"} 1)",
+                           R"(vllm:kv_offload_tiering_chunk_hits_total{model_name="m",tier="0:primary"} 1)",
+                           R"(vllm:kv_offload_tiering_read_bytes_total{model_name="m",tier="0:primary"} 0)"}) {
     EXPECT_THAT(text, HasSubstr(line));
   }
   ASSERT_TRUE(host->Find(key, tokens).has_value());
