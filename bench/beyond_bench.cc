@@ -89,7 +89,7 @@ void LayIn(HostTier& host, const std::vector<std::int32_t>& prompt, const KvLayo
   for (std::size_t at = 0; at < prompt.size(); at += kBlockTokens) {
     const auto tokens = std::span(prompt).subspan(at, kBlockTokens);
     key = chain.Next(key, tokens, "");
-    std::ranges::rotate(values, values.begin() + 7);
+    std::rotate(values.begin(), values.begin() + 7, values.end());
     HostSlot slot = *host.BeginWrite(key, tokens, WriteCause::kPublished);
     std::memcpy(slot.bytes(), values.data(), layout.block_bytes());
     host.Commit(std::move(slot), key, tokens);

@@ -25,12 +25,13 @@ def stories_or_skip():
 class Server:
     """A running `spillway serve` on free ports."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, built_in_model=False, kv_cache="64MiB", preexec=None):
         self.lines = []
+        model = [] if built_in_model else [str(stories_or_skip() / "hf")]
         self.process = subprocess.Popen(
-            [BINARY, "serve", str(stories_or_skip() / "hf"), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1",
-             "--port", "0", "--grpc-port", "0", "--log-format", "json", "--kv-cache-memory-bytes", "64MiB", *flags],
-            stderr=subprocess.PIPE, text=True)
+            [BINARY, "serve", *model, "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", "0", "--grpc-port",
+             "0", "--log-format", "json", "--kv-cache-memory-bytes", kv_cache, *map(str, flags)],
+            stderr=subprocess.PIPE, text=True, preexec_fn=preexec)
         ready = None
         for line in self.process.stderr:
             self.lines.append(line)

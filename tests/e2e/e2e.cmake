@@ -5,7 +5,7 @@ if(SPILLWAY_PYTHON AND NOT SPILLWAY_SANITIZE)
   set(e2e_venv ${CMAKE_BINARY_DIR}/e2e-venv)
   add_test(NAME e2e.environment COMMAND ${CMAKE_SOURCE_DIR}/tests/e2e/make_environment.sh ${SPILLWAY_PYTHON} ${e2e_venv})
   set_tests_properties(e2e.environment PROPERTIES FIXTURES_SETUP e2e SKIP_RETURN_CODE 77 TIMEOUT 600)
-  foreach(name openai golden grpc lifecycle program)
+  foreach(name openai golden grpc lifecycle program tiers)
     add_test(NAME e2e.${name} COMMAND ${CMAKE_SOURCE_DIR}/tests/e2e/run_tests.sh ${e2e_venv} test_${name}.py)
     set_tests_properties(
       e2e.${name} PROPERTIES FIXTURES_REQUIRED e2e SKIP_RETURN_CODE 77 TIMEOUT 600

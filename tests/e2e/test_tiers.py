@@ -1,0 +1,86 @@
+"""The tiers below the device, from outside: sequences that exceed the device tier, files after a crash, an ordinary account."""
+
+import concurrent.futures
+import os
+import pathlib
+import resource
+
+import httpx2 as httpx
+from conftest import MODEL_NAME, Server
+
+LONG = " ".join(f"Item {i} is kept in box {i * 7919 % 1000}." for i in range(120))
+
+
+def complete(server, prompt, max_tokens=24):
+    answer = httpx.post(server.url + "/v1/completions", timeout=120,
+                        json={"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+                              "ignore_eos": True, "logprobs": 1})
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"]
+
+
+def test_a_sequence_beyond_the_device_tier_streams_over_a_paced_link():
+    """40 blocks of 64 KiB on the device; the prompt is more than twice that."""
+    ample = Server(built_in_model=True)
+    expected = complete(ample, LONG)
+    assert ample.metric("spillway_kv_streamed_bytes_total") == 0
+    ample.stop()
+    small = Server("--kv-offloading-size", "64MiB", "--cpu-link-bandwidth", "500MB/s", built_in_model=True, kv_cache="2560KiB")
+    assert complete(small, LONG) == expected
+    assert small.metric("spillway_kv_streamed_bytes_total") > 0
+    assert small.metric("spillway_kv_moved_home_bytes_total") > 0
+    assert small.metric("vllm:kv_offload_lookup_sync_delay_seconds_count") > 0
+    small.signal()
+    assert small.wait() == 0
+
+
+def test_kill_9_while_blocks_are_spilled_then_a_restart(tmp_path):
+    prompts = [f"Story {i}. " + " ".join(f"The {i + j} dogs and {i * j} cats." for j in range(40)) for i in range(24)]
+    plain = Server("--kv-offloading-size", "0", built_in_model=True)
+    expected = [complete(plain, prompt) for prompt in prompts]
+    plain.stop()
+    shared_memory = set(os.listdir("/dev/shm"))
+    directory = tmp_path / "kv"
+    flags = ["--kv-offloading-size", "6MiB", "--kv-file-directory", directory, "--kv-file-size", "64MiB"]
+    for kills in range(3):
+        server = Server(*flags, built_in_model=True, kv_cache="4MiB")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            work = [pool.submit(complete, server, prompt) for prompt in prompts]
+            while server.metric("spillway_kv_copied_blocks_total", kind="store") < 60 + 100 * kills:
+                if all(each.done() for each in work):
+                    work = [pool.submit(complete, server, prompt) for prompt in prompts]
+            server.process.kill()  # SIGKILL
+            for each in work:
+                if each.exception() is None:
+                    assert each.result() in expected
+        server.stop()
+        assert all(path.stat().st_mode & 0o077 == 0 for path in directory.iterdir())
+    server = Server(*flags, built_in_model=True, kv_cache="4MiB")
+    assert server.metric("spillway_kv_resident_blocks", tier="file") > 0
+    assert [complete(server, prompt) for prompt in prompts] == expected
+    came_back = server.metric("spillway_kv_hits_total", tier="file")
+    assert came_back > 0, "nothing of the killed process's was used"
+    assert server.metric("spillway_kv_checksum_failures_total", tier="file") == 0
+    assert server.metric("vllm:kv_offload_tiering_chunk_hits_total", tier="1:fs") == came_back
+    server.signal()
+    assert server.wait() == 0
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def test_an_ordinary_account_with_64_kib_of_locked_memory():
+    def become_ordinary():
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+
+    server = Server(preexec=become_ordinary)
+    status = pathlib.Path(f"/proc/{server.process.pid}/limits").read_text()
+    assert "65536" in next(line for line in status.splitlines() if line.startswith("Max locked memory"))
+    assert any('"tiers checked' in line for line in server.lines)
+    assert any('"host tier placed' in line or "touched first" in line for line in server.lines)
+    assert complete(server, "Once upon a time")[0]
+    server.signal()
+    assert server.wait() == 0
