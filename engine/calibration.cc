@@ -34,6 +34,7 @@ class Calibrator {
   absl::StatusOr<ComputeSpeed> Compute();
   absl::StatusOr<LinkSpeed> Link(Device& device);
   const ModelCosts& costs() const { return costs_; }
+  SizedSpeed Products(const ComputeSpeed& speed) const;
 
  private:
   absl::StatusOr<double> StepSeconds(std::int32_t cached, std::int32_t tokens);
@@ -51,6 +52,11 @@ class Calibrator {
   const CalibrationOptions options_;
   const ModelCosts costs_;
   const double deadline_;
+  struct Measured {
+    std::int32_t tokens = 0;
+    double seconds = 0;
+  };
+  std::vector<Measured> prefills_;  // with nothing cached
 };
 
 // One sequence's step: `tokens` new ones behind `cached`, whose keys and values are whatever the blocks hold.
@@ -94,6 +100,7 @@ absl::StatusOr<ComputeSpeed> Calibrator::Compute() {
 // Ever longer prefills, while time allows: the longest is the furthest above the floor.
 absl::Status Calibrator::MeasureProducts(ComputeSpeed& speed) {
   speed.linear_flops_per_second = LinearFlops(1) / speed.step_floor_seconds;
+  prefills_.push_back({.tokens = 1, .seconds = speed.step_floor_seconds});
   const std::int32_t most = std::min({options_.max_step_tokens, longest_sequence(), 512});
   const double begin = Now();
   const double share = (deadline_ - begin) / 2;  // the rest is for attention
@@ -103,9 +110,21 @@ absl::Status Calibrator::MeasureProducts(ComputeSpeed& speed) {
     if (tokens > 32 && Now() + expected > begin + share) break;
     if (tokens <= 32 && !HasTimeFor(4 * speed.step_floor_seconds)) break;
     ASSIGN_OR_RETURN(const double seconds, StepSeconds(0, tokens));
+    prefills_.push_back({.tokens = tokens, .seconds = seconds});
     speed.linear_flops_per_second = LinearFlops(tokens) / seconds;
   }
   return absl::OkStatus();
+}
+
+// What the prefills took but for their attention.
+SizedSpeed Calibrator::Products(const ComputeSpeed& speed) const {
+  SizedSpeed products;
+  for (const Measured& each : prefills_) {
+    const double attention = costs_.AttentionFlops(0, each.tokens) / speed.attention_flops_per_second;
+    const double seconds = std::max(each.seconds - attention, each.seconds / 2);
+    products.Measure(LinearFlops(each.tokens), LinearFlops(each.tokens), seconds, 1);
+  }
+  return products;
 }
 
 absl::Status Calibrator::MeasureAttention(ComputeSpeed& speed) {
@@ -177,7 +196,8 @@ absl::StatusOr<CostModel> Calibrate(Device& device, const Model& model, StepRunn
     ASSIGN_OR_RETURN(link, calibrator.Link(device));
   }
   ASSIGN_OR_RETURN(const ComputeSpeed compute, calibrator.Compute());
-  return CostModel(calibrator.costs(), compute, link, static_cast<double>(store.layout().block_bytes()));
+  return CostModel(calibrator.costs(), compute, link, static_cast<double>(store.layout().block_bytes()),
+                   calibrator.Products(compute));
 }
 
 }  // namespace spillway

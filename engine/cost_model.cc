@@ -14,18 +14,30 @@ namespace {
 constexpr double kReportWeight = 0.1;
 // A report further off than this counts as if it were this far off: a page fault or a suspended process is not a speed.
 constexpr double kMaxSurprise = 4;
+constexpr double kLargest = 1e30;  // more FLOPs than any step has: the speed of the largest that is known
+
+// max(floor, FLOPs / rate), of steps of at least one token.
+SizedSpeed Roofline(double flops_per_token, const ComputeSpeed& compute) {
+  SizedSpeed products;
+  const double rate = compute.linear_flops_per_second;
+  const double knee = std::max(flops_per_token, compute.step_floor_seconds * rate);
+  products.Measure(1, knee, 1 / rate, 1);
+  if (knee >= 2 * flops_per_token) products.Measure(flops_per_token, flops_per_token, compute.step_floor_seconds, 1);
+  return products;
+}
 
 }  // namespace
 
-CostModel::CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const LinkSpeed& link, double copy_bytes)
-    : costs_(costs), compute_(compute), link_(link), copy_bytes_(copy_bytes) {
+CostModel::CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const LinkSpeed& link, double copy_bytes,
+                     const SizedSpeed& products)
+    : costs_(costs),
+      compute_(compute),
+      products_(products.is_known() ? products : Roofline(costs.flops_per_token, compute)),
+      link_(link),
+      copy_bytes_(copy_bytes) {
   SPILLWAY_CHECK(compute.linear_flops_per_second > 0 && compute.attention_flops_per_second > 0 &&
                  compute.kv_bytes_per_second > 0 && compute.step_floor_seconds >= 0);
   SPILLWAY_CHECK(costs.flops_per_token > 0 && costs.kv_bytes_per_token > 0);
-}
-
-double CostModel::LinearSeconds(double flops) const {
-  return std::max(compute_.step_floor_seconds, flops / compute_.linear_flops_per_second);
 }
 
 double CostModel::AttentionSeconds(std::int64_t cached, std::int64_t tokens) const {
@@ -150,12 +162,11 @@ void CostModel::OnStep(const StepWork& work, double seconds) {
   if (predicted <= 0 || seconds <= 0) return;
   const double surprise = std::clamp(seconds / predicted, 1 / kMaxSurprise, kMaxSurprise);
   const auto factor = [&](double part) { return std::pow(surprise, kReportWeight * part / predicted); };
-  const double linear = work.linear_flops / compute_.linear_flops_per_second;
-  if (linear > compute_.step_floor_seconds) {
-    compute_.linear_flops_per_second /= factor(linear);
-  } else {
-    compute_.step_floor_seconds *= factor(compute_.step_floor_seconds);
-  }
+  const double linear = LinearSeconds(work.linear_flops);
+  // Weighed already; so a size that is new begins with what was predicted for it.
+  products_.Measure(work.linear_flops, work.linear_flops, linear * factor(linear), 1);
+  compute_.step_floor_seconds = LinearSeconds(costs_.flops_per_token + costs_.flops_per_sample);
+  compute_.linear_flops_per_second = products_.PerSecond(kLargest);
   compute_.attention_flops_per_second /= factor(work.attention_flops / compute_.attention_flops_per_second);
   compute_.kv_bytes_per_second /= factor(work.kv_bytes / compute_.kv_bytes_per_second);
 }

@@ -2,8 +2,9 @@
 
 // CostModel: what a request costs on the link and on the compute units, from measured speeds.
 //
-//   compute   a step takes max(floor, matrix FLOPs / rate) + attention, which per sequence is bound by its FLOPs or by
-//             reading the keys and values, whichever is longer
+//   compute   a step takes what its matrix products take by their size, max(floor, FLOPs / rate) where that was not
+//             measured, + attention, which per sequence is bound by its FLOPs or by reading the keys and values,
+//             whichever is longer
 //   link      bytes of cached tokens over the sustained bandwidth of copies of that size
 //   kappa     tokens to load / tokens to compute; kappa_crit is where the two times are equal
 //
@@ -12,13 +13,15 @@
 
 #include <cstdint>
 
-#include "engine/link_speed.h"
 #include "engine/model_costs.h"
+#include "engine/sized_speed.h"
 
 namespace spillway {
 
+using LinkSpeed = SizedSpeed;  // of copies, by bytes
+
 struct ComputeSpeed {
-  double linear_flops_per_second = 0;     // matrix products
+  double linear_flops_per_second = 0;     // matrix products of the largest steps
   double attention_flops_per_second = 0;  // of many new tokens
   double kv_bytes_per_second = 0;         // reading keys and values on the device, for few new tokens
   double step_floor_seconds = 0;          // of a step however small: weights read once, launches
@@ -56,7 +59,9 @@ struct Restoration {
 
 class CostModel {
  public:
-  CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const LinkSpeed& link, double copy_bytes);
+  // `products`: of steps, by FLOPs; from floor and rate where nothing is known.
+  CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const LinkSpeed& link, double copy_bytes,
+            const SizedSpeed& products = {});
 
   // --- Compute ---
   // One sequence's part of a step: `tokens` new ones behind `cached`; `samples`: its last row's logits are wanted.
@@ -67,9 +72,10 @@ class CostModel {
 
   // --- Link ---
   double LoadSeconds(std::int64_t tokens) const;
-  double link_bytes_per_second() const { return link_.BytesPerSecond(copy_bytes_); }  // at the present copy size
+  double link_bytes_per_second() const { return link_.PerSecond(copy_bytes_); }  // at the present copy size
   double copy_bytes() const { return copy_bytes_; }
   const LinkSpeed& link() const { return link_; }
+  const SizedSpeed& products() const { return products_; }
 
   // --- Kappa ---
   // Of matrix products alone: (F / B_kv) (BW / C).
@@ -99,12 +105,13 @@ class CostModel {
   const ComputeSpeed& compute() const { return compute_; }
 
  private:
-  double LinearSeconds(double flops) const;
+  double LinearSeconds(double flops) const { return products_.Seconds(flops); }
   double AttentionSeconds(std::int64_t cached, std::int64_t tokens) const;
   Restoration With(const Prefill& prefill, const Backlog& backlog, std::int64_t recomputed) const;
 
   ModelCosts costs_;
   ComputeSpeed compute_;
+  SizedSpeed products_;  // of steps, by FLOPs
   LinkSpeed link_;
   double copy_bytes_;
 };

@@ -231,23 +231,23 @@ TEST(CostModelTest, TransferReportsCorrectTheLink) {
   EXPECT_NEAR(model.link_bytes_per_second(), 2e8, 2e8 * 0.01);
 }
 
-TEST(LinkSpeedTest, ACostPerCopyAndABandwidthAreMetBetweenTheSizesMeasured) {
+TEST(SizedSpeedTest, ACostPerCopyAndABandwidthAreMetBetweenTheSizesMeasured) {
   LinkSpeed link;
   const auto seconds = [](double bytes) { return 20e-6 + bytes / 1e9; };
   for (const double bytes : {64e3, 1e6, 16e6}) link.Measure(bytes, bytes, seconds(bytes), 1);
   for (const double bytes : {64e3, 200e3, 1e6, 5e6, 16e6}) {
-    EXPECT_NEAR(link.CopySeconds(bytes), seconds(bytes), 1e-9) << bytes;
+    EXPECT_NEAR(link.Seconds(bytes), seconds(bytes), 1e-9) << bytes;
   }
-  EXPECT_NEAR(link.BytesPerSecond(64e6), 16e6 / seconds(16e6), 1);
-  EXPECT_LT(link.BytesPerSecond(64e3), 0.8 * link.BytesPerSecond(16e6));
+  EXPECT_NEAR(link.PerSecond(64e6), 16e6 / seconds(16e6), 1);
+  EXPECT_LT(link.PerSecond(64e3), 0.8 * link.PerSecond(16e6));
 }
 
-TEST(LinkSpeedTest, NothingIsKnownBeforeAMeasurement) {
+TEST(SizedSpeedTest, NothingIsKnownBeforeAMeasurement) {
   LinkSpeed link;
   link.Measure(0, 1e6, 1, 1);
   link.Measure(1e6, 1e6, 0, 1);
   EXPECT_FALSE(link.is_known());
-  EXPECT_EQ(link.BytesPerSecond(1e6), 0);
+  EXPECT_EQ(link.PerSecond(1e6), 0);
 }
 
 TEST(ModelCostsTest, ALlamaCostsTwoFlopsPerWeightAndFourPerKey) {
