@@ -6,6 +6,7 @@ find_package(spdlog REQUIRED)
 target_sources(
   spillway_server
   PRIVATE chat_template.cc
+          cost_model_json.cc
           http_exchange.cc
           http_frontend.cc
           http_server.cc

@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/kv_layout.h"
+#include "server/cost_model_json.h"
 #include "server/frontend.h"
 #include "server/http_server.h"
 #include "server/openai_answer.h"
@@ -236,6 +237,12 @@ class OpenAiApi {
                  .headers = {}});
   }
 
+  void ShowCostModel(HttpRequest, Call call) {
+    const EngineStatus status = service_.engine().status();
+    if (!status.cost_model) return call.Answer(ErrorResponse(404, "this engine has no cost model"));
+    call.Answer({.body = CostModelJson(status).dump(), .headers = {}});
+  }
+
   void Tokenize(HttpRequest request, Call call) {
     WithBody(std::move(request), std::move(call), [this](const Json& body, Call& caller) {
       const auto read = ReadTokenizeRequest(body, chat_template_, UnknownFieldCounter());
@@ -308,6 +315,7 @@ std::span<const OpenAiApi::Route> OpenAiApi::Routes() {
       {"GET", "/metrics", Access::kOpen, &OpenAiApi::Scrape},
       {"POST", "/reset_prefix_cache", Access::kAdmin, &OpenAiApi::ResetPrefixCache},
       {"GET", "/server_info", Access::kAdmin, &OpenAiApi::ServerInfo},
+      {"GET", "/spillway/cost_model", Access::kAdmin, &OpenAiApi::ShowCostModel},
   };
   return kRoutes;
 }

@@ -367,9 +367,9 @@ std::vector<OptionRow> MakeTable() {
        .commands = kServe,
        .target = SPILLWAY_AT(listen.admin_api_key),
        .group = "Listening",
-       .help =
-           "Key of the control surface (/reset_prefix_cache, /server_info, vllm.Control); without it or --admin-port "
-           "that does not answer.",
+       .help = "Key of the control surface (/reset_prefix_cache, /server_info, /spillway/cost_model, vllm.Control); "
+               "without "
+               "it or --admin-port that does not answer.",
        .is_secret = true},
       {.name = "admin-port",
        .commands = kServe,

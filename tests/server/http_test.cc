@@ -80,7 +80,8 @@ TEST(Http, TheControlSurfaceNeedsItsKeyOrItsPort) {
     const char* method;
     const char* path;
   };
-  constexpr Surface kSurface[] = {{"POST", "/reset_prefix_cache"}, {"GET", "/server_info"}};
+  constexpr Surface kSurface[] = {
+      {"POST", "/reset_prefix_cache"}, {"GET", "/server_info"}, {"GET", "/spillway/cost_model"}};
   {
     TestServer closed([](TestServer::Options& options) { options.frontend.api_keys = {"user"}; });
     Client client = closed.Connect();
@@ -122,8 +123,40 @@ TEST(Http, TheControlSurfaceNeedsItsKeyOrItsPort) {
   Client client = port.Connect();
   EXPECT_EQ(client.Post("/reset_prefix_cache", "").status, 200);
   EXPECT_EQ(client.Get("/server_info").status, 200);
+  EXPECT_EQ(client.Get("/spillway/cost_model").status, 404) << "the engine has none";
   EXPECT_EQ(client.Get("/v1/models").status, 401);
   EXPECT_EQ(port.engine->num_resets(), 1);
+}
+
+TEST(Http, CostModelTellsSpeedsAndWhatFollowsFromThem) {
+  LinkSpeed link;
+  link.Measure(3e6, 1e6, 1, 1);
+  TestServer server([&](TestServer::Options& options) {
+    options.engine.cost_model =
+        CostModel({.flops_per_token = 1e6, .attention_flops_per_key = 1e3, .kv_bytes_per_token = 1e3},
+                  {.linear_flops_per_second = 2e9,
+                   .attention_flops_per_second = 1e9,
+                   .kv_bytes_per_second = 1e9,
+                   .step_floor_seconds = 0.001},
+                  link, 1e6);
+    options.frontend.admin_api_key = "admin";
+  });
+  Client client = server.Connect();
+  const ClientResponse response = client.Get("/spillway/cost_model", "Authorization: Bearer admin\r\n");
+  ASSERT_EQ(response.status, 200);
+  EXPECT_EQ(response.Header("Content-Type"), "application/json");
+  const auto model = response.Json();
+  EXPECT_EQ(model["kappa_crit"], 1.5);
+  EXPECT_EQ(model["model"]["kv_bytes_per_token"], 1e3);
+  EXPECT_EQ(model["compute"]["linear_flops_per_second"], 2e9);
+  EXPECT_EQ(model["link"]["bytes_per_second"], 3e6);
+  ASSERT_EQ(model["link"]["by_copy_size"].size(), 1U);
+  EXPECT_EQ(model["link"]["by_copy_size"][0]["copy_bytes"], 1e6);
+  EXPECT_NEAR(model["critical_chunk_tokens"], 1e3 / 3, 1e-6);
+  const auto& effective = model["kappa_crit_at"];
+  EXPECT_EQ(effective.front()["new_tokens"], 1);
+  EXPECT_GT(effective.front()["kappa_crit"], 1.5) << "a step has a floor";
+  EXPECT_TRUE(effective.back()["kappa_crit"].is_null()) << "so many new tokens hide the load of any prefix";
 }
 
 TEST(Http, TenantIsTheFairnessHeaderElseTheKey) {
