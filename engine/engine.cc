@@ -7,6 +7,7 @@
 #include <bit>
 #include <chrono>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <utility>
 
@@ -50,6 +51,7 @@ class ThreadedEngine : public Engine {
   bool ResetPrefixCache() override;
 
  private:
+  void MakeKeys(std::span<SequenceRequest> requests) const;
   std::uint32_t MaxHomeBlocks(const HostTier& host, std::uint32_t num_blocks);
   void Loop();
   bool HandleMail();  // false: stop
@@ -86,6 +88,7 @@ class ThreadedEngine : public Engine {
   std::atomic<double> last_beat_{0};
   std::atomic<bool> is_busy_{false};
   std::atomic<std::int32_t> num_running_{0};
+  std::atomic<std::int64_t> num_unstored_{0};
   std::atomic<std::int64_t> num_held_{0};
   std::atomic<std::int64_t> num_cold_{0};
   std::atomic<std::int64_t> num_evicted_{0};
@@ -241,6 +244,7 @@ absl::Status ThreadedEngine::Submit(std::vector<SequenceRequest> requests) {
                            : absl::StrCat("; there is ", no_home_)));
     }
   }
+  if (options_.enable_prefix_caching) MakeKeys(requests);
   switch (mailbox_.Submit(requests, Now(), options_.max_queued_requests)) {
     case Mailbox::Accepted::kYes:
       return absl::OkStatus();
@@ -252,6 +256,18 @@ absl::Status ThreadedEngine::Submit(std::vector<SequenceRequest> requests) {
   }
   const std::lock_guard lock(failure_mutex_);
   return absl::UnavailableError(failure_.empty() ? "the engine has stopped" : failure_);
+}
+
+// Hashing a long prompt would keep the engine thread from its next step.
+void ThreadedEngine::MakeKeys(std::span<SequenceRequest> requests) const {
+  const SequenceRequest* last = nullptr;
+  for (SequenceRequest& request : requests) {
+    const bool repeats = last != nullptr && last->cache_salt == request.cache_salt && last->prompt == request.prompt;
+    if (request.prompt_keys.empty()) {
+      request.prompt_keys = repeats ? last->prompt_keys : chain_.Keys(request.prompt, request.cache_salt);
+    }
+    last = &request;
+  }
 }
 
 bool ThreadedEngine::ResetPrefixCache() {
@@ -279,7 +295,8 @@ void ThreadedEngine::AddLayerLoads(EngineStatus& status) const {
 
 EngineStatus ThreadedEngine::status() const {
   EngineStatus status;
-  status.num_running = num_running_.load(std::memory_order_relaxed);
+  status.num_running = num_running_.load(std::memory_order_acquire);  // first, see PublishStatus
+  status.unstored_blocks = num_unstored_.load(std::memory_order_relaxed);
   status.num_waiting = mailbox_.num_waiting();
   status.kv_blocks_total = store_->num_blocks();
   status.kv_blocks_used = num_held_.load(std::memory_order_relaxed);
@@ -349,6 +366,7 @@ bool ThreadedEngine::HandleMail() {
     sequence->submitted_at = mail.submitted_at[i];
     sequence->tokens = std::move(sequence->request.prompt);
     sequence->num_prompt = sequence->size();
+    sequence->keys = std::move(sequence->request.prompt_keys);
     const SamplingParams& params = sequence->request.sampling;
     sequence->banned_until_min = params.stop_token_ids;
     if (!params.ignore_eos) {
@@ -425,11 +443,11 @@ bool ThreadedEngine::RunStep() {
   }
   const double done = Now();
   const double step_seconds = done - launched;
-  if (plan.num_arriving == 0) cost_model_->OnStep(work, step_seconds);  // else it may have waited for the link
   compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + step_seconds, std::memory_order_relaxed);
   Digest(plan);
+  const double digested = Now();
+  if (plan.num_arriving == 0) cost_model_->OnStep(work, digested - begin);  // else it may have waited for the link
   if (observer_ != nullptr) {
-    const double digested = Now();
     observer_->OnStep({.seconds = digested - begin,
                        .plan_seconds = launched - begin,
                        .launch_seconds = queued - launched,
@@ -536,7 +554,9 @@ void ThreadedEngine::Fail(const absl::Status& status) {
 
 void ThreadedEngine::PublishStatus() {
   mailbox_.SetWaiting(scheduler_->num_waiting());
-  num_running_.store(scheduler_->num_running(), std::memory_order_relaxed);
+  num_unstored_.store(static_cast<std::int64_t>(store_->num_unstored()), std::memory_order_relaxed);
+  // After what it publishes: who sees that none runs sees all that they left to be stored.
+  num_running_.store(scheduler_->num_running(), std::memory_order_release);
   num_held_.store(store_->num_held(), std::memory_order_relaxed);
   num_cold_.store(store_->num_cold(), std::memory_order_relaxed);
   num_evicted_.store(store_->num_evicted(), std::memory_order_relaxed);

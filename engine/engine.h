@@ -109,6 +109,7 @@ struct EngineStatus {
   double restore_seconds = 0;
   std::int64_t stored_blocks = 0;  // from the device to the host tier
   std::int64_t stored_bytes = 0;
+  std::int64_t unstored_blocks = 0;  // published, their write-through not done yet
   double store_seconds = 0;
   CopySizes restore_copies{};  // the same, by the size of a copy
   CopySizes store_copies{};

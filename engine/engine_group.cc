@@ -25,7 +25,8 @@ class EngineGroup : public Engine {
 
   absl::Status Submit(std::vector<SequenceRequest> requests) override {
     if (requests.empty()) return engines_.front()->Submit(std::move(requests));
-    const std::vector<BlockKey> keys = KeysOf(requests.front());
+    const std::vector<BlockKey> keys = chain_.Keys(requests.front().prompt, requests.front().cache_salt);
+    requests.front().prompt_keys = keys;
     const std::size_t chosen = Choose(keys);
     absl::Status status = engines_[chosen]->Submit(std::move(requests));
     if (status.ok()) Remember(keys, chosen);
@@ -45,15 +46,6 @@ class EngineGroup : public Engine {
   }
 
  private:
-  std::vector<BlockKey> KeysOf(const SequenceRequest& request) const {
-    std::vector<BlockKey> keys;
-    const std::span<const std::int32_t> tokens(request.prompt);
-    for (std::size_t begin = 0; begin + kBlockTokens <= tokens.size(); begin += kBlockTokens) {
-      keys.push_back(chain_.Next(keys.empty() ? chain_.root() : keys.back(), tokens.subspan(begin, kBlockTokens),
-                                 request.cache_salt));
-    }
-    return keys;
-  }
   std::size_t Choose(std::span<const BlockKey> keys) const;
   void Remember(std::span<const BlockKey> keys, std::size_t engine) {
     const std::lock_guard lock(mutex_);
@@ -105,7 +97,10 @@ EngineStatus EngineGroup::status() const {
     sum.stored_blocks += status.stored_blocks;
     sum.stored_bytes += status.stored_bytes;
     sum.store_seconds += status.store_seconds;
+    sum.unstored_blocks += status.unstored_blocks;
     sum.evicted_blocks += status.evicted_blocks;
+    sum.compute_seconds += status.compute_seconds;
+    if (i == 0) sum.cost_model = status.cost_model;
     if (status.is_alive || !sum.is_alive) continue;
     sum.is_alive = false;
     sum.failure = absl::StrCat("engine ", i, " of ", engines_.size(), ": ", status.failure);

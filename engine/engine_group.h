@@ -15,7 +15,8 @@
 namespace spillway {
 
 // `engines` has at least one; they share model, limits and prefix_hash_seed. The group is alive while all of them are:
-// its failure names the engine. Limits are each engine's own, capacity_tokens is that of one.
+// its failure names the engine, its cost model is the first one's. Limits are each engine's own, capacity_tokens is
+// that of one.
 std::unique_ptr<Engine> MakeEngineGroup(std::vector<std::unique_ptr<Engine>> engines);
 
 }  // namespace spillway

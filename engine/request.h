@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/kernels.h"
+#include "kvstore/block_key.h"
 
 namespace spillway {
 
@@ -71,6 +72,8 @@ struct SequenceRequest {
   std::vector<std::int32_t> prompt;  // >= 1 token, all within the vocabulary
   SamplingParams sampling;
   std::string cache_salt;            // prefix-cache entries are shared only within one salt
+  // Of the prompt's full blocks; Engine::Submit makes them where there are none, on its caller's thread.
+  std::vector<BlockKey> prompt_keys;
   bool bypass_prefix_cache = false;  // matches nothing; still publishes
   std::string tenant;                // whose share of the link its loads count against
   std::int32_t priority = 0;         // lower = earlier, under SchedulingPolicy::kPriority

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <span>
 #include <string_view>
+#include <vector>
 
 namespace spillway {
 
@@ -34,6 +35,8 @@ class KeyChain {
   const BlockKey& root() const { return root_; }
   // `tokens`: the block's 16. `cache_salt` only counts where parent is the root.
   BlockKey Next(const BlockKey& parent, std::span<const std::int32_t> tokens, std::string_view cache_salt) const;
+  // Of every full block of `tokens`, which begin a sequence.
+  std::vector<BlockKey> Keys(std::span<const std::int32_t> tokens, std::string_view cache_salt) const;
 
  private:
   BlockKey root_;

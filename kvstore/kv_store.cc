@@ -120,7 +120,7 @@ void KvStore::Publish(const BlockRef& block, const BlockKey& key, std::span<cons
 }
 
 void KvStore::QueueWriteThrough(BlockId block, const BlockKey& key, std::span<const std::int32_t> tokens) {
-  if (!storing_keys_.insert(key).second) return;
+  if (host_.num_blocks() == 0 || !storing_keys_.insert(key).second) return;
   Unstored unstored{.block = block, .key = key};
   std::ranges::copy(tokens, unstored.tokens.begin());
   unstored_.push_back(unstored);

@@ -127,6 +127,8 @@ class KvStore {
   std::size_t num_restoring() const { return restoring_.size(); }  // blocks on their way up
   std::size_t num_storing() const { return num_storing_; }         // on their way down
   bool has_transfers() const { return !outstanding_.empty(); }
+  // Published blocks that wait for their write-through or are under way.
+  std::size_t num_unstored() const { return unstored_.size() + num_storing_; }
 
   // Releases back to front, so that a prefix's tail is evicted before its head.
   static void Release(std::vector<BlockRef>& blocks);

@@ -75,6 +75,7 @@ TEST_F(EngineGroupTest, SpreadsByLoadAndKeepsChoicesTogether) {
   EXPECT_EQ(SubmittedTo(1), 2U) << "the others have fewer sequences before them there";
   EXPECT_EQ(group_->status().num_running + group_->status().num_waiting, 5);
   EXPECT_EQ(group_->status().kv_blocks_total, 200);
+  EXPECT_EQ(fakes_[0]->submitted()[0].prompt_keys, KeyChain("0").Keys(Prompt(1), "")) << "hashed once, for both";
   Finish(all);
 }
 

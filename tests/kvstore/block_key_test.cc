@@ -1,6 +1,7 @@
 #include "kvstore/block_key.h"
 
 #include <numeric>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,17 @@ TEST(BlockKey, EqualsVllmSha256Cbor) {
   const std::vector<std::int32_t> widths = {0, 23, 24, 255, 256, 65535, 65536, 128255,
                                             0, 23, 24, 255, 256, 65535, 65536, 128255};
   EXPECT_EQ(Hex(chain.Next(first, widths, "")), "d966b1ce0382e544f5a442e6fc6e7dea608fba659138e2a6593d26e71380cbe7");
+}
+
+TEST(BlockKey, KeysOfEveryFullBlock) {
+  const KeyChain chain("0");
+  std::vector<std::int32_t> tokens(40);
+  std::iota(tokens.begin(), tokens.end(), 1);
+  const std::vector<BlockKey> keys = chain.Keys(tokens, "salt");
+  ASSERT_EQ(keys.size(), 2U);
+  EXPECT_EQ(keys[0], chain.Next(chain.root(), OneTo16(), "salt"));
+  EXPECT_EQ(keys[1], chain.Next(keys[0], std::span<const std::int32_t>(tokens).subspan(16, 16), "salt"));
+  EXPECT_TRUE(chain.Keys(std::vector<std::int32_t>(15), "").empty());
 }
 
 TEST(BlockKey, SaltCountsOnTheFirstBlockOnly) {
