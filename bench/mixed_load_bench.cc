@@ -2,6 +2,9 @@
 // asynchronous loads that overlap compute. A burst of 32 long-cached requests, then 32 fresh ones, in a device tier
 // that holds four of the long ones. Prompts are seeded. Before anything is reported, outputs are checked to be equal.
 //
+// Fairness: a request's time to first token against that on a server of its own with 1/N of the link and of the
+// compute, where N requests were active on average while it waited: N times what it takes alone.
+//
 //   mixed_load_bench [--json FILE]
 
 #include <cstdio>
@@ -54,12 +57,57 @@ double Percentile(std::vector<double> values, double part) {
   return values[static_cast<std::size_t>(part * static_cast<double>(values.size() - 1))];
 }
 
+using Waiters = std::vector<std::shared_ptr<Waiter>>;
+
+struct Alone {
+  double of_long = 0;  // seconds until the first token, median
+  double of_fresh = 0;
+};
+
+// Each kind on an idle engine, loading what is cached.
+Alone MeasureAlone(PacedRig& rig, const Workload& workload, EngineOptions options) {
+  options.link_bytes_per_second = kLinkBytesPerSecond;
+  const std::unique_ptr<Engine> engine = rig.MakeEngine(options, kDeviceBlocks, nullptr);
+  const auto median = [&](std::size_t first) {
+    std::vector<double> seconds;
+    for (std::size_t i = first; i < first + 5; ++i) {
+      const Waiters waiters = PacedRig::Submit(*engine, {workload.requests[i]}, kOutputTokens);
+      waiters.front()->Await();
+      PacedRig::AwaitWriteThrough(*engine);
+      seconds.push_back(waiters.front()->first_token_seconds());
+    }
+    return Percentile(std::move(seconds), 0.5);
+  };
+  median(kLong);  // warms up
+  return {.of_long = median(0), .of_fresh = median(kLong)};
+}
+
+// Requests that were active on average between the request's submission and its first token, itself included.
+double MeanActive(const Waiters& waiters, const Waiter& of) {
+  double overlap = 0;
+  for (const auto& each : waiters) {
+    overlap +=
+        std::max(0.0, std::min(each->ended_at, of.first_token_at) - std::max(each->submitted_at, of.submitted_at));
+  }
+  return overlap / of.first_token_seconds();
+}
+
+// The largest of the requests' ratios.
+double WorstAgainstShare(const Waiters& waiters, const Alone& alone) {
+  double worst = 0;
+  for (std::size_t i = 0; i < waiters.size(); ++i) {
+    const double share = MeanActive(waiters, *waiters[i]) * (i < kLong ? alone.of_long : alone.of_fresh);
+    worst = std::max(worst, waiters[i]->first_token_seconds() / share);
+  }
+  return worst;
+}
+
 struct Outcome {
   std::vector<std::vector<std::int32_t>> outputs;
   nlohmann::json row;
 };
 
-Outcome Measure(PacedRig& rig, const Workload& workload, EngineOptions options) {
+Outcome Measure(PacedRig& rig, const Workload& workload, const Alone& alone, EngineOptions options) {
   options.link_bytes_per_second = kLinkBytesPerSecond;
   StepSeconds steps;
   std::unique_ptr<Engine> engine = rig.MakeEngine(options, kDeviceBlocks, &steps);
@@ -88,11 +136,13 @@ Outcome Measure(PacedRig& rig, const Workload& workload, EngineOptions options) 
                  {"fresh_ttft_p50", Percentile(of_fresh, 0.5)},
                  {"fresh_ttft_p95", Percentile(of_fresh, 0.95)},
                  {"long_ttft_p50", Percentile(of_long, 0.5)},
-                 {"long_ttft_p95", Percentile(of_long, 0.95)}};
-  std::printf("%-6s %-6s %9.2f %9.2f %9.2f %8.1f %% %10.2f %10.2f %10.2f %10.2f\n",
+                 {"long_ttft_p95", Percentile(of_long, 0.95)},
+                 {"worst_ttft_of_share", WorstAgainstShare(waiters, alone)}};
+  std::printf("%-6s %-6s %9.2f %9.2f %9.2f %8.1f %% %10.2f %10.2f %10.2f %10.2f %10.2f\n",
               outcome.row["policy"].get<std::string>().c_str(), outcome.row["load_choice"].get<std::string>().c_str(),
               seconds, link_seconds, steps.total, 100 * bound / seconds, Percentile(of_fresh, 0.5),
-              Percentile(of_fresh, 0.95), Percentile(of_long, 0.5), Percentile(of_long, 0.95));
+              Percentile(of_fresh, 0.95), Percentile(of_long, 0.5), Percentile(of_long, 0.95),
+              outcome.row["worst_ttft_of_share"].get<double>());
   std::fflush(stdout);
   return outcome;
 }
@@ -117,8 +167,10 @@ int Run(const std::string& json_path) {
   std::printf("%d cached x %d + %d tokens, then %d fresh x %d; link %.0f MB/s (paced), %zu KiB blocks, seed %u\n",
               kLong, kCachedTokens, kNewTokens, kFresh, kFreshTokens, kLinkBytesPerSecond / 1e6,
               rig.block_bytes() >> 10, kSeed);
-  std::printf("%-6s %-6s %9s %9s %9s %10s %10s %10s %10s %10s\n", "policy", "choice", "seconds", "link s", "compute s",
-              "of bound", "fresh p50", "fresh p95", "long p50", "long p95");
+  const Alone alone = MeasureAlone(rig, workload, options);
+  std::printf("alone: long %.3f s, fresh %.3f s\n", alone.of_long, alone.of_fresh);
+  std::printf("%-6s %-6s %9s %9s %9s %10s %10s %10s %10s %10s %10s\n", "policy", "choice", "seconds", "link s",
+              "compute s", "of bound", "fresh p50", "fresh p95", "long p50", "long p95", "of share");
   nlohmann::json rows = nlohmann::json::array();
   std::vector<std::vector<std::int32_t>> expected;
   const std::vector<std::pair<SchedulingPolicy, LoadChoice>> cases = {{SchedulingPolicy::kFcfs, LoadChoice::kLoad},
@@ -128,7 +180,7 @@ int Run(const std::string& json_path) {
   for (const auto& [policy, choice] : cases) {
     options.scheduling_policy = policy;
     options.load_choice = choice;
-    const Outcome outcome = Measure(rig, workload, options);
+    const Outcome outcome = Measure(rig, workload, alone, options);
     if (expected.empty()) expected = outcome.outputs;
     SPILLWAY_CHECK(outcome.outputs == expected) << "outputs differ between policies";
     rows.push_back(outcome.row);

@@ -100,15 +100,22 @@ class PacedRig {
     return *Engine::Make(*device_, LoadModel(), options, observer);
   }
 
+  // Until nothing runs and every published block has been written through.
+  static void AwaitWriteThrough(const Engine& engine) {
+    while (true) {
+      const EngineStatus status = engine.status();
+      if (status.num_running == 0 && status.num_waiting == 0 && status.unstored_blocks == 0) return;
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+  }
+
   // Computes each prompt once and waits until the host tier has its full blocks.
   void Store(const std::vector<std::vector<std::int32_t>>& prompts, const EngineOptions& options,
              std::int64_t device_blocks) {
     std::unique_ptr<Engine> engine = MakeEngine(options, device_blocks, nullptr);
     for (const std::vector<std::int32_t>& prompt : prompts) {
-      const std::int64_t wanted =
-          host_->stats().resident_blocks + static_cast<std::int64_t>(prompt.size() / kBlockTokens);
       Submit(*engine, {{.prompt = prompt}}, 1).front()->Await();
-      while (host_->stats().resident_blocks < wanted) std::this_thread::yield();
+      AwaitWriteThrough(*engine);
     }
   }
 
@@ -137,6 +144,7 @@ class PacedRig {
   }
 
   std::size_t block_bytes() const { return block_bytes_; }
+  HostTier& host() { return *host_; }
 
  private:
   std::unique_ptr<Model> LoadModel() {

@@ -1,18 +1,60 @@
 #pragma once
 
-// The parts of papers_bench. Each prints a table and returns its rows.
+// The experiments of papers_bench. Each prints its table and returns it.
 
+#include <cstdint>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <string>
+#include <vector>
+
+#include "bench/paced_rig.h"
 
 namespace spillway::papers_bench {
 
-// arXiv 2601.19910's experiment: K cached tokens in the host tier, T new ones, on links of several speeds. Time to
-// first token and the restore's share of it, measured and predicted.
-nlohmann::json MeasureOverhead(const std::string& folder);
+constexpr std::int32_t kStepTokens = 512;
+constexpr std::uint32_t kHostBlocks = 8192;
 
-// Ten minutes of a Mooncake trace with prompts and answers cut to a sixteenth, one request of four, four times as fast:
-// served, and replayed with the served engine's cost model.
-nlohmann::json CompareReplay(const std::string& folder, const std::string& trace_path);
+// Seeded prompts, no two alike.
+class Prompts {
+ public:
+  explicit Prompts(std::uint32_t seed) : random_(seed) {}
+  std::vector<std::int32_t> Next(std::int32_t num_tokens) {
+    std::vector<std::int32_t> tokens(static_cast<std::size_t>(num_tokens));
+    for (std::int32_t& token : tokens) token = static_cast<std::int32_t>(random_() % 256);
+    return tokens;
+  }
+  std::vector<std::int32_t> Continue(std::vector<std::int32_t> prefix, std::int32_t num_tokens) {
+    const std::vector<std::int32_t> more = Next(num_tokens);
+    prefix.insert(prefix.end(), more.begin(), more.end());
+    return prefix;
+  }
+
+ private:
+  std::mt19937 random_;
+};
+
+inline double Median(std::vector<double> values) {
+  std::ranges::sort(values);
+  return values[values.size() / 2];
+}
+
+// Seconds until the first token of `prompt`, whose first `cached` tokens are in some tier; returns once its blocks are
+// written through.
+inline double TimeToFirstToken(Engine& engine, const std::vector<std::int32_t>& prompt) {
+  const auto waiter = PacedRig::Submit(engine, {{.prompt = prompt}}, 1).front();
+  waiter->Await();
+  PacedRig::AwaitWriteThrough(engine);
+  return waiter->first_token_seconds();
+}
+
+// Links in bytes per second.
+// Time to first token over kappa, with the prefix below the device and on it, measured and predicted.
+nlohmann::json MeasureOverhead(PacedRig& rig, const std::vector<double>& links);
+// The same prompt with its prefix loaded, recomputed, split, and as the cost model chooses.
+nlohmann::json MeasureChoices(PacedRig& rig, const std::vector<double>& links);
+// Ten minutes of a trace, cut to this machine's size, served and replayed.
+nlohmann::json CompareReplay(PacedRig& rig, const std::string& trace_path,
+                             const std::vector<SchedulingPolicy>& policies);
 
 }  // namespace spillway::papers_bench

@@ -1,37 +1,24 @@
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <future>
-#include <mutex>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #include "bench/papers_bench.h"
 #include "engine/replay.h"
-#include "kernels/check.h"
-#include "tests/support/engine_harness.h"
 
 namespace spillway::papers_bench {
 namespace {
 
 using nlohmann::json;
-using ::spillway::testing::CollectingSink;
-using ::spillway::testing::MakeRequest;
-using ::spillway::testing::Rig;
 
 constexpr double kSliceSeconds = 600;
 constexpr std::int32_t kCut = 16;  // lengths are divided by it
 constexpr std::size_t kEvery = 4;  // one request of so many
-constexpr double kTimeScale = 4;
+constexpr double kTimeScale = 6;
 constexpr std::int32_t kMaxTokens = 8000;
 constexpr std::uint32_t kDeviceBlocks = 768;
-constexpr std::uint32_t kHostBlocks = 4096;
-constexpr std::int32_t kStepTokens = 512;
 constexpr double kLinkBytesPerSecond = 110e6;
 constexpr std::int32_t kVocab = 256;
-
-double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 Trace Slice(const Trace& trace) {
   Trace slice{.name = trace.name, .id_tokens = kTraceIdTokens / kCut, .requests = {}};
@@ -88,40 +75,39 @@ struct Served {
   CostModel at_end;
 };
 
-Served Serve(const std::string& folder, const Trace& trace) {
+Served Serve(PacedRig& rig, const Trace& trace, SchedulingPolicy policy) {
+  rig.host().Clear();
   Reports reports;
   EngineOptions options;
-  options.kv_cache_bytes = kDeviceBlocks * Rig::BlockBytes(folder);
+  options.max_model_len = kMaxTokens;
   options.max_num_batched_tokens = kStepTokens;
   options.link_bytes_per_second = kLinkBytesPerSecond;
-  Rig rig = Rig::Make(folder, options, {}, DTypeChoice::kAuto, &reports, [](Device& device, const KvLayout& layout) {
-    return MakeHostTier(*device.Allocate(MemoryKind::kPinnedHost, kHostBlocks * layout.block_bytes()),
-                        {.block_bytes = layout.block_bytes(), .num_blocks = kHostBlocks});
-  });
-  const CostModel calibrated = *rig.engine->status().cost_model;
-  std::vector<std::future<::spillway::testing::Collected>> results;
+  options.scheduling_policy = policy;
+  std::unique_ptr<Engine> engine = rig.MakeEngine(options, kDeviceBlocks, &reports);
+  const CostModel calibrated = *engine->status().cost_model;
+  std::vector<std::shared_ptr<Waiter>> waiters;
   const double begin = Now();
   for (const TraceRequest& each : trace.requests) {
-    SequenceRequest request = MakeRequest(PromptOf(trace, each, kVocab), each.output_tokens);
-    auto sink = std::make_shared<CollectingSink>();
-    results.push_back(sink->Result());
-    request.sink = std::move(sink);
-    std::vector<SequenceRequest> one;
-    one.push_back(std::move(request));
+    const BenchRequest request{.prompt = PromptOf(trace, each, kVocab)};
     std::this_thread::sleep_for(std::chrono::duration<double>(begin + each.arrival_seconds / kTimeScale - Now()));
-    SPILLWAY_CHECK(rig.engine->Submit(std::move(one)).ok());
+    waiters.push_back(PacedRig::Submit(*engine, {request}, each.output_tokens).front());
   }
-  for (auto& result : results) SPILLWAY_CHECK(result.get().error.ok());
+  for (const auto& waiter : waiters) waiter->Await();
   const double seconds = Now() - begin;
-  const CostModel at_end = *rig.engine->status().cost_model;
-  rig.engine.reset();  // joins its thread: the reports are complete
+  const EngineStatus status = engine->status();
+  const CostModel at_end = *status.cost_model;
+  engine.reset();  // joins its thread: the reports are complete
+  std::printf("served by %s: %.1f s, a step ran in %.1f s of them, restores %.1f s, stores %.1f s\n",
+              std::string(NameOf(policy)).c_str(), seconds, status.compute_seconds, status.restore_seconds,
+              status.store_seconds);
   return {.summary = Summarize(std::move(reports.ttft), seconds, reports.device_hits, reports.host_hits),
           .calibrated = calibrated,
           .at_end = at_end};
 }
 
-Summary Model(const Trace& trace, const CostModel& model) {
+Summary Model(const Trace& trace, const CostModel& model, SchedulingPolicy policy) {
   ReplayOptions options;
+  options.scheduling.policy = policy;
   options.scheduling.max_num_batched_tokens = kStepTokens;
   options.device_blocks = kDeviceBlocks;
   options.host_blocks = kHostBlocks;
@@ -141,10 +127,10 @@ Summary Model(const Trace& trace, const CostModel& model) {
   return Summarize(std::move(ttft), result->seconds, device_hits, host_hits);
 }
 
-json Show(const char* name, const Summary& summary, const Summary& served) {
+json Show(const std::string& name, const Summary& summary, const Summary& served) {
   const auto ratio = [](double value, double of) { return of > 0 ? value / of : 0; };
   std::printf(
-      "%-22s %8.1f %5.2f %8.1f %5.2f %7.3f %5.2f %9.0f %5.2f %9.0f %5.2f\n", name, 1e3 * summary.p50_ttft,
+      "%-29s %8.1f %5.2f %8.1f %5.2f %7.3f %5.2f %9.0f %5.2f %9.0f %5.2f\n", name.c_str(), 1e3 * summary.p50_ttft,
       ratio(summary.p50_ttft, served.p50_ttft), 1e3 * summary.p95_ttft, ratio(summary.p95_ttft, served.p95_ttft),
       summary.requests_per_second, ratio(summary.requests_per_second, served.requests_per_second), summary.device_hits,
       ratio(summary.device_hits, served.device_hits), summary.host_hits, ratio(summary.host_hits, served.host_hits));
@@ -158,18 +144,21 @@ json Show(const char* name, const Summary& summary, const Summary& served) {
 
 }  // namespace
 
-json CompareReplay(const std::string& folder, const std::string& trace_path) {
+json CompareReplay(PacedRig& rig, const std::string& trace_path, const std::vector<SchedulingPolicy>& policies) {
   const absl::StatusOr<Trace> trace = ReadTrace(trace_path);
   SPILLWAY_CHECK(trace.ok()) << trace.status();
   const Trace slice = Slice(*trace);
-  const Served served = Serve(folder, slice);
-  std::printf(
-      "\n%zu requests; each number is followed by its ratio to what was served\n%-22s %14s %14s %13s %15s %15s\n",
-      slice.requests.size(), "", "p50 TTFT ms", "p95 TTFT ms", "requests/s", "device hits", "host hits");
+  std::printf("\n%zu requests; behind each number its ratio to what was served\n", slice.requests.size());
   json rows = json::array();
-  rows.push_back(Show("served, measured", served.summary, served.summary));
-  rows.push_back(Show("modelled, calibration", Model(slice, served.calibrated), served.summary));
-  rows.push_back(Show("modelled, as served", Model(slice, served.at_end), served.summary));
+  for (const SchedulingPolicy policy : policies) {
+    const Served served = Serve(rig, slice, policy);
+    const std::string name(NameOf(policy));
+    std::printf("%-29s %14s %14s %14s %15s %15s\n", "", "p50 TTFT ms", "p95 TTFT ms", "requests/s", "device hits",
+                "host hits");
+    rows.push_back(Show(name + ", served, measured", served.summary, served.summary));
+    rows.push_back(Show(name + ", modelled, calibration", Model(slice, served.calibrated, policy), served.summary));
+    rows.push_back(Show(name + ", modelled, as served", Model(slice, served.at_end, policy), served.summary));
+  }
   return rows;
 }
 

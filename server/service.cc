@@ -313,6 +313,7 @@ class LiveGeneration : public Generation, public std::enable_shared_from_this<Li
                            .prompt = prompt,
                            .sampling = sampling,
                            .cache_salt = SaltOf(request_),
+                           .prompt_keys = {},  // the engine makes them
                            .bypass_prefix_cache = request_.bypass_prefix_cache,
                            .tenant = request_.tenant,
                            .priority = static_cast<std::int32_t>(request_.priority),
