@@ -19,7 +19,7 @@ endfunction()
 # Bits that are the cpu device's are no part of the conformance suite. What looks at blocks from the host, or plants faults in the cpu device, stays there.
 set(of_engine -*KvBytes*:PlantedFault*)
 if(SPILLWAY_CUDA)
-  spillway_cuda_test(cuda_conformance_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_conformance_test.cc FILTER -*OnAllMachines)
+  spillway_cuda_test(cuda_conformance_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_conformance_test.cc FILTER -*AllMachines*)
   spillway_cuda_test(cuda_device_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_device_test.cc)
   foreach(name IN ITEMS golden identity tiers beyond float16 parity)
     spillway_cuda_test(cuda_${name}_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc
@@ -50,7 +50,7 @@ target_include_directories(cuda_emulated SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE}
 target_link_libraries(cuda_emulated PRIVATE spillway_flags absl::status absl::statusor absl::strings)
 foreach(name IN ITEMS conformance device)
   spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
-                     DEFINITIONS SPILLWAY_CUDA_EMULATED FILTER -*Frequencies*:*ChunksTokens*float16:*OnAllMachines)  # what takes longest
+                     DEFINITIONS SPILLWAY_CUDA_EMULATED FILTER -*Frequencies*:*ChunksTokens*float16:*AllMachines*)  # what takes longest
 endforeach()
 function(spillway_emulated_engine_test name filter)
   spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated
