@@ -262,6 +262,10 @@ absl::Status CheckTiersAtStart(Device& device, HostTier& host, const KvLayout& l
 
 absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environment& environment) {
   EngineHost host;
+  if (options.device.device == "cuda" && (options.cache.cpu_link_bandwidth > 0 || options.cache.cpu_link_latency > 0)) {
+    return absl::InvalidArgumentError(
+        "--cpu-link-bandwidth, --cpu-link-latency: they stand in for a bus on the cpu device; a GPU has its own");
+  }
   const auto num_engines = static_cast<int>(options.device.data_parallel_size);
   for (int i = 0; i < num_engines; ++i) {
     ASSIGN_OR_RETURN(std::unique_ptr<Device> device, MakeDevice(options.device, i, num_engines));

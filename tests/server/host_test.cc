@@ -192,6 +192,15 @@ TEST(MakeEngineHost, RefusesAShareOfGpuMemoryOnTheCpuDevice) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("--gpu-memory-utilization"));
 }
 
+TEST(MakeEngineHost, RefusesAPacedLinkOnTheCudaDevice) {
+  Options options;
+  options.device.device = "cuda";
+  options.cache.cpu_link_bandwidth = 1'000'000'000;
+  const absl::Status status = MakeEngineHost(options, {}).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("--cpu-link-bandwidth"));
+}
+
 TEST(CheckRoom, SaysWhyAHostTierDoesNotFit) {
   constexpr std::int64_t kGiB = std::int64_t{1} << 30;
   EXPECT_TRUE(CheckRoom(6 * kGiB, {.available_bytes = 8 * kGiB}, kGiB, 2 * kGiB).ok());
