@@ -160,8 +160,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
       .max_banned_per_sequence = static_cast<std::int32_t>(kMaxStopTokens + model_->config().eos_tokens.size())};
   std::unique_ptr<HomeReader> home_reader;
   std::unique_ptr<LayerLoader> layer_loader;
-  if (max_home_blocks > 0 && options_.layer_loads != LayerLoads::kNever &&
-      options_.max_transfer_bytes_per_second == 0) {
+  const bool can_load_layers = device.host_kv() == HostKv::kInPlace && options_.max_transfer_bytes_per_second == 0;
+  if (max_home_blocks > 0 && can_load_layers && options_.layer_loads != LayerLoads::kNever) {
     ASSIGN_OR_RETURN(layer_loader, LayerLoader::Make(device, *store_->link()));
   }
   const LayerLoads layer_loads = layer_loader ? options_.layer_loads : LayerLoads::kNever;

@@ -45,7 +45,7 @@ struct EngineOptions {
   // says so: benchmarks and tests.
   std::int32_t staging_blocks = 256;  // a multiple of kSegmentTokens / kBlockTokens
   bool stages_always = false;
-  LayerLoads layer_loads = LayerLoads::kHidden;  // never where copies are capped, or the device cannot
+  LayerLoads layer_loads = LayerLoads::kHidden;  // kNever where copies are capped, and on the cuda device
   double link_bytes_per_second = 0;              // paces copies to and from the host tier (LinkPacing); 0: not paced
   double link_latency_seconds = 0;
   double max_transfer_bytes_per_second = 0;                  // caps copies to and from the host tier; 0: no cap

@@ -26,7 +26,7 @@ def test_a_sequence_beyond_the_device_tier_streams_over_a_paced_link():
     expected = complete(ample, LONG)
     assert ample.metric("spillway_kv_streamed_bytes_total") == 0
     ample.stop()
-    small = Server("--kv-offloading-size", "64MiB", "--cpu-link-bandwidth", "500MB/s", built_in_model=True, kv_cache="2560KiB")
+    small = Server("--kv-offloading-size", "64MiB", "--cpu-link-bandwidth", "500MB", built_in_model=True, kv_cache="2560KiB")
     assert complete(small, LONG) == expected
     assert small.metric("spillway_kv_streamed_bytes_total") > 0
     assert small.metric("spillway_kv_moved_home_bytes_total") > 0
