@@ -28,6 +28,15 @@ SizedSpeed Roofline(double flops_per_token, const ComputeSpeed& compute) {
   return products;
 }
 
+// A report of a speed of which the first counts whole.
+void Follow(double& speed, double report) {
+  if (speed <= 0) {
+    speed = report;
+  } else {
+    speed *= std::pow(std::clamp(report / speed, 1 / kMaxSurprise, kMaxSurprise), kReportWeight);
+  }
+}
+
 }  // namespace
 
 CostModel::CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const LinkSpeed& link, double copy_bytes,
@@ -178,6 +187,32 @@ void CostModel::OnTransfer(double bytes, double copy_bytes, double seconds) {
   if (bytes <= 0 || copy_bytes <= 0 || seconds <= 0) return;
   link_.Measure(bytes, copy_bytes, seconds, kReportWeight);
   copy_bytes_ += kReportWeight * (copy_bytes - copy_bytes_);
+}
+
+double CostModel::StreamSeconds(double bytes_per_token) const {
+  const double speed = stream_bytes_per_second_ > 0 ? stream_bytes_per_second_ : link_bytes_per_second();
+  return speed > 0 ? bytes_per_token / speed : 0;
+}
+
+// The link carries home x kv - l (kv - input), computing takes work + l x projection. Equal at l.
+std::int64_t CostModel::ProjectedTokens(std::int64_t home, std::int64_t kept, const StepWork& work) const {
+  const double saved = StreamSeconds(costs_.kv_bytes_per_token - costs_.input_bytes_per_token);
+  if (saved <= 0) return 0;
+  const double flops_per_second = compute_.projection_flops_per_second > 0 ? compute_.projection_flops_per_second
+                                                                           : compute_.linear_flops_per_second;
+  const double projection = costs_.projection_flops_per_token / flops_per_second;
+  const double spare = static_cast<double>(home) * StreamSeconds(costs_.kv_bytes_per_token) - StepSeconds(work);
+  return std::clamp<std::int64_t>(static_cast<std::int64_t>(spare / (saved + projection)), 0, kept);
+}
+
+void CostModel::OnStream(double bytes, double seconds) {
+  if (bytes <= 0 || seconds <= 0) return;
+  Follow(stream_bytes_per_second_, bytes / seconds);
+}
+
+void CostModel::OnProjection(double flops, double seconds) {
+  if (flops <= 0 || seconds <= 0) return;
+  Follow(compute_.projection_flops_per_second, flops / seconds);
 }
 
 // Sending l inputs and length - l keys and values takes l h p + 2 (length - l) w p bytes, projecting 4 l h w FLOPs.

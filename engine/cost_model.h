@@ -21,10 +21,11 @@ namespace spillway {
 using LinkSpeed = SizedSpeed;  // of copies, by bytes
 
 struct ComputeSpeed {
-  double linear_flops_per_second = 0;     // matrix products of the largest steps
-  double attention_flops_per_second = 0;  // of many new tokens
-  double kv_bytes_per_second = 0;         // reading keys and values on the device, for few new tokens
-  double step_floor_seconds = 0;          // of a step however small: weights read once, launches
+  double linear_flops_per_second = 0;      // matrix products of the largest steps
+  double attention_flops_per_second = 0;   // of many new tokens
+  double kv_bytes_per_second = 0;          // reading keys and values on the device, for few new tokens
+  double step_floor_seconds = 0;           // of a step however small: weights read once, launches
+  double projection_flops_per_second = 0;  // keys and values from kept inputs; 0: as other matrix products
 };
 
 // What a step computes, by the resource that binds it. Filled by CostModel::Add.
@@ -96,16 +97,27 @@ class CostModel {
   // The fastest of the three; of equals, the one that loads more.
   Restoration Best(const Prefill& prefill, const Backlog& backlog) const;
 
+  // --- Streaming, see activation_recompute.h ---
+  // Of `home` tokens that a step reads at home, how many to project from their inputs, at most `kept`: as many as make
+  // the link and computing end together, where copies run ahead of a step that computes `work` besides.
+  std::int64_t ProjectedTokens(std::int64_t home, std::int64_t kept, const StepWork& work) const;
+
   // --- Reports ---
   void OnStep(const StepWork& work, double seconds);
   // `bytes` came up in copies of `copy_bytes` on average, the link busy for `seconds`.
   void OnTransfer(double bytes, double copy_bytes, double seconds);
 
+  // What a streamed step copied from home, a layer's part of a block at a time, and what it projected.
+  void OnStream(double bytes, double seconds);
+  void OnProjection(double flops, double seconds);
+
+  double stream_bytes_per_second() const { return stream_bytes_per_second_; }  // 0: not reported yet
   const ModelCosts& costs() const { return costs_; }
   const ComputeSpeed& compute() const { return compute_; }
 
  private:
   double LinearSeconds(double flops) const { return products_.Seconds(flops); }
+  double StreamSeconds(double bytes_per_token) const;
   double AttentionSeconds(std::int64_t cached, std::int64_t tokens) const;
   Restoration With(const Prefill& prefill, const Backlog& backlog, std::int64_t recomputed) const;
 
@@ -114,6 +126,7 @@ class CostModel {
   SizedSpeed products_;  // of steps, by FLOPs
   LinkSpeed link_;
   double copy_bytes_;
+  double stream_bytes_per_second_ = 0;  // 0: not reported yet
 };
 
 // KVPR's split (row by row): of `length` cached tokens the first ones' layer inputs are sent instead of their keys and

@@ -15,6 +15,7 @@
 #include "engine/calibration.h"
 #include "engine/home_keeper.h"
 #include "engine/home_reader.h"
+#include "engine/input_writer.h"
 #include "engine/mailbox.h"
 #include "engine/model.h"
 #include "engine/scheduler.h"
@@ -52,7 +53,8 @@ class ThreadedEngine : public Engine {
 
  private:
   void MakeKeys(std::span<SequenceRequest> requests) const;
-  std::uint32_t MaxHomeBlocks(const HostTier& host, std::uint32_t num_blocks);
+  absl::Status CheckKeepsInputs(const Device& device) const;
+  std::uint32_t MaxHomeBlocks(std::uint32_t host_share, std::uint32_t num_blocks);
   void Loop();
   bool HandleMail();  // false: stop
   bool RunStep();     // false: the engine has failed
@@ -64,6 +66,11 @@ class ThreadedEngine : public Engine {
   void PublishStatus();
   absl::Status Calibrate(Device& device);
   StepWork WorkOf(const StepPlan& plan) const;
+  void ReportStep(const StepPlan& plan, const StepWork& work, double seconds);
+  bool keeps_inputs() const { return options_.activation_recompute != kRecomputeOff; }
+  InputLayout inputs() const { return InputLayoutOf(model_->config(), model_->kv_layout()); }
+  bool must_stage() const { return options_.link_bytes_per_second > 0 || options_.stages_always; }
+  absl::StatusOr<std::unique_ptr<HomeReader>> MakeHomeReader(Device& device, std::uint32_t max_home_blocks);
   void CollectTransfers();
   void AddLayerLoads(EngineStatus& status) const;
   void Beat() { last_beat_.store(Now(), std::memory_order_relaxed); }
@@ -82,6 +89,7 @@ class ThreadedEngine : public Engine {
   std::unique_ptr<StepRunner> runner_;
   std::optional<CostModel> cost_model_;
   TransferStats restores_;              // that cost_model_ has been told of
+  HomeReader::Times home_times_;        // likewise
   double home_slot_awaited_since_ = 0;  // 0: it is not
 
   // Any thread.
@@ -97,6 +105,8 @@ class ThreadedEngine : public Engine {
   std::atomic<double> compute_seconds_{0};
   std::atomic<std::int64_t> num_home_{0};
   std::atomic<std::int64_t> streamed_bytes_{0};
+  std::atomic<std::int64_t> num_companions_{0};
+  std::atomic<std::int64_t> projected_tokens_{0};
   mutable std::mutex failure_mutex_;  // guards failure_
   std::string failure_;
   mutable std::mutex published_mutex_;  // guards published_model_, published_lookups_
@@ -106,8 +116,10 @@ class ThreadedEngine : public Engine {
 };
 
 // Host slots that sequences may call home; where that is none, why.
-std::uint32_t ThreadedEngine::MaxHomeBlocks(const HostTier& host, std::uint32_t num_blocks) {
-  const auto share = host.num_blocks() / static_cast<std::uint32_t>(options_.num_engines);
+std::uint32_t ThreadedEngine::MaxHomeBlocks(std::uint32_t host_share, std::uint32_t num_blocks) {
+  const KvLayout layout = model_->kv_layout();
+  const auto share =
+      keeps_inputs() ? static_cast<std::uint32_t>(HomeSlotsBesideInputs(host_share, inputs(), layout)) : host_share;
   if (share < static_cast<std::uint32_t>(kSegmentBlocks)) {
     no_home_ = "no host tier to hold more";
   } else if (num_blocks < HomeKeeper::kMinDeviceBlocks) {
@@ -122,6 +134,34 @@ std::uint32_t ThreadedEngine::MaxHomeBlocks(const HostTier& host, std::uint32_t 
 HomeReader::Path HomePath(HostKv host_kv, bool must_stage) {
   if (must_stage) return HomeReader::Path::kStaged;
   return host_kv == HostKv::kInPlace ? HomeReader::Path::kInPlace : HomeReader::Path::kByRows;
+}
+
+absl::Status ThreadedEngine::CheckKeepsInputs(const Device& device) const {
+  if (!no_home_.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("activation recomputation: there is ", no_home_));
+  }
+  if (must_stage()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("activation recomputation: attention reads the host tier in place on ",
+                                                 device.description(),
+                                                 ", so there is no transfer to save; it takes a paced link"));
+}
+
+absl::StatusOr<std::unique_ptr<HomeReader>> ThreadedEngine::MakeHomeReader(Device& device,
+                                                                           std::uint32_t max_home_blocks) {
+  HomeReader::Options reading{.path = HomePath(device.host_kv(), must_stage()),
+                              .home = store_->home_view(),
+                              .link = store_->link(),
+                              .num_heads = model_->config().num_heads,
+                              .max_tokens = options_.max_num_batched_tokens,
+                              .max_home_blocks = max_home_blocks,
+                              .staging_blocks = options_.staging_blocks,
+                              .inputs = inputs()};
+  if (!keeps_inputs()) return HomeReader::Make(device, reading, nullptr);
+  const std::int32_t most_blocks =
+      std::min(static_cast<std::int32_t>(max_home_blocks), BlocksFor(options_.max_model_len));
+  ASSIGN_OR_RETURN(std::unique_ptr<KvProjector> projector,
+                   model_->MakeKvProjector(std::int64_t{most_blocks} * kBlockTokens));
+  return HomeReader::Make(device, reading, std::move(projector));
 }
 
 absl::Status ThreadedEngine::Start(Device& device) {
@@ -143,11 +183,15 @@ absl::Status ThreadedEngine::Start(Device& device) {
         absl::StrCat("num_engines must be at least 1; staging_blocks a multiple of ", kSegmentBlocks));
   }
   HostTier& host = options_.host_tier != nullptr ? *options_.host_tier : *null_host_;
-  const std::uint32_t max_home_blocks = MaxHomeBlocks(host, static_cast<std::uint32_t>(num_blocks));
+  const std::uint32_t host_share = host.num_blocks() / static_cast<std::uint32_t>(options_.num_engines);
+  if (keeps_inputs()) RETURN_IF_ERROR(CheckRecomputes(model_->config()));
+  const std::uint32_t max_home_blocks = MaxHomeBlocks(host_share, static_cast<std::uint32_t>(num_blocks));
+  if (keeps_inputs()) RETURN_IF_ERROR(CheckKeepsInputs(device));
   const KvStoreOptions store_options{
       .layout = layout,
       .num_blocks = static_cast<std::uint32_t>(num_blocks),
       .max_home_blocks = max_home_blocks,
+      .max_companions = keeps_inputs() ? host_share - max_home_blocks : 0,
       .caching = options_.enable_prefix_caching ? PrefixCaching::kOn : PrefixCaching::kOff,
       .pacing = {.bytes_per_second = options_.link_bytes_per_second, .latency_seconds = options_.link_latency_seconds},
       .max_transfer_bytes_per_second = options_.max_transfer_bytes_per_second,
@@ -166,17 +210,16 @@ absl::Status ThreadedEngine::Start(Device& device) {
   }
   const LayerLoads layer_loads = layer_loader ? options_.layer_loads : LayerLoads::kNever;
   if (max_home_blocks > 0) {
-    const bool must_stage = options_.link_bytes_per_second > 0 || options_.stages_always;
-    ASSIGN_OR_RETURN(home_reader, HomeReader::Make(device, {.path = HomePath(device.host_kv(), must_stage),
-                                                            .home = store_->home_view(),
-                                                            .link = store_->link(),
-                                                            .num_heads = model_->config().num_heads,
-                                                            .max_tokens = options_.max_num_batched_tokens,
-                                                            .max_home_blocks = max_home_blocks,
-                                                            .staging_blocks = options_.staging_blocks}));
+    ASSIGN_OR_RETURN(home_reader, MakeHomeReader(device, max_home_blocks));
+  }
+  std::unique_ptr<InputWriter> input_writer;
+  if (keeps_inputs()) {
+    ASSIGN_OR_RETURN(input_writer, InputWriter::Make(device, {.layout = inputs(),
+                                                              .link = store_->link(),
+                                                              .max_tokens = options_.max_num_batched_tokens}));
   }
   ASSIGN_OR_RETURN(runner_, StepRunner::Make(device, *model_, limits, std::move(home_reader), std::move(layer_loader),
-                                             options_.hash_logits));
+                                             std::move(input_writer), options_.hash_logits));
   RETURN_IF_ERROR(Calibrate(device));
   scheduler_ = std::make_unique<Scheduler>(
       *store_, chain_,
@@ -186,7 +229,8 @@ absl::Status ThreadedEngine::Start(Device& device) {
                          .enable_prefix_caching = options_.enable_prefix_caching,
                          .policy = options_.scheduling_policy,
                          .load_choice = options_.load_choice,
-                         .layer_loads = layer_loads},
+                         .layer_loads = layer_loads,
+                         .kept_inputs = keeps_inputs() ? std::optional(inputs()) : std::nullopt},
       observer_, &*cost_model_);
   Beat();
   thread_ = std::thread([this] {
@@ -323,6 +367,9 @@ EngineStatus ThreadedEngine::status() const {
   status.moved_home_bytes = moves.bytes;
   status.move_home_seconds = moves.seconds;
   status.streamed_bytes = streamed_bytes_.load(std::memory_order_relaxed);
+  status.kept_input_slots = num_companions_.load(std::memory_order_relaxed);
+  status.kept_input_slots_max = store_->max_companions();
+  status.projected_tokens = projected_tokens_.load(std::memory_order_relaxed);
   {
     const std::lock_guard lock(failure_mutex_);
     status.failure = failure_;
@@ -409,13 +456,27 @@ StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
   return work;
 }
 
+// Of a streamed step that was timed, only what is not waiting for the link or projecting is the work's.
+void ThreadedEngine::ReportStep(const StepPlan& plan, const StepWork& work, double seconds) {
+  if (plan.num_streamed > 0 && keeps_inputs()) {
+    const HomeReader::Times now = runner_->home_times();
+    const HomeReader::Times known = std::exchange(home_times_, now);
+    const double projecting = now.projecting_seconds - known.projecting_seconds;
+    cost_model_->OnStream(now.strips.bytes + now.inputs.bytes - known.strips.bytes - known.inputs.bytes,
+                          now.strips.seconds + now.inputs.seconds - known.strips.seconds - known.inputs.seconds);
+    cost_model_->OnProjection(now.projected_flops - known.projected_flops, projecting);
+    seconds -= projecting + now.waiting_seconds - known.waiting_seconds;
+  }
+  if (plan.num_arriving == 0) cost_model_->OnStep(work, seconds);  // else it may have waited for the link
+}
+
 bool ThreadedEngine::RunStep() {
   const double begin = Now();
   if (!store_->status().ok()) {
     Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", store_->status().message())));
     return false;
   }
-  const StepPlan plan = scheduler_->Plan(begin);
+  StepPlan plan = scheduler_->Plan(begin);
   PublishStatus();
   if (plan.empty()) {
     if (!store_->has_transfers()) {
@@ -429,6 +490,7 @@ bool ThreadedEngine::RunStep() {
   }
   home_slot_awaited_since_ = 0;
   const StepWork work = WorkOf(plan);
+  plan.num_projected = NumProjected(options_.activation_recompute, plan, work, *cost_model_);
   const double launched = Now();
   runner_->Launch(plan, store_->view(), [this] { mailbox_.StepDone(); });
   const double queued = Now();
@@ -446,7 +508,7 @@ bool ThreadedEngine::RunStep() {
   compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + step_seconds, std::memory_order_relaxed);
   Digest(plan);
   const double digested = Now();
-  if (plan.num_arriving == 0) cost_model_->OnStep(work, digested - begin);  // else it may have waited for the link
+  ReportStep(plan, work, digested - begin);
   if (observer_ != nullptr) {
     observer_->OnStep({.seconds = digested - begin,
                        .plan_seconds = launched - begin,
@@ -564,6 +626,8 @@ void ThreadedEngine::PublishStatus() {
   streamed_bytes_.store(runner_->streamed_bytes(), std::memory_order_relaxed);
   num_restoring_.store(static_cast<std::int64_t>(store_->num_restoring()), std::memory_order_relaxed);
   num_storing_.store(static_cast<std::int64_t>(store_->num_storing()), std::memory_order_relaxed);
+  num_companions_.store(store_->num_companions(), std::memory_order_relaxed);
+  projected_tokens_.store(runner_->projected_blocks() * kBlockTokens, std::memory_order_relaxed);
   const std::lock_guard lock(published_mutex_);
   published_model_ = cost_model_;
   published_lookups_ = store_->lookups();

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "engine/activation_recompute.h"
 #include "engine/cost_model.h"
 #include "engine/request.h"
 #include "engine/scheduling_policy.h"
@@ -45,8 +46,9 @@ struct EngineOptions {
   // says so: benchmarks and tests.
   std::int32_t staging_blocks = 256;  // a multiple of kSegmentTokens / kBlockTokens
   bool stages_always = false;
-  LayerLoads layer_loads = LayerLoads::kHidden;  // kNever where copies are capped, and on the cuda device
-  double link_bytes_per_second = 0;              // paces copies to and from the host tier (LinkPacing); 0: not paced
+  std::int32_t activation_recompute = kRecomputeOff;  // activation_recompute.h; else blocks at home are staged
+  LayerLoads layer_loads = LayerLoads::kHidden;       // kNever where copies are capped, and on the cuda device
+  double link_bytes_per_second = 0;  // paces copies to and from the host tier (LinkPacing); 0: not paced
   double link_latency_seconds = 0;
   double max_transfer_bytes_per_second = 0;                  // caps copies to and from the host tier; 0: no cap
   double calibration_seconds = 0.15;                         // of CalibrationOptions
@@ -121,12 +123,15 @@ struct EngineStatus {
   std::int64_t home_blocks_max = 0;   // 0: sequences do not exceed the device tier
   std::int64_t moved_home_bytes = 0;
   double move_home_seconds = 0;
-  std::int64_t home_buffer_bytes = 0;   // reserved on the device to attend to home blocks
-  std::int64_t streamed_bytes = 0;      // home blocks' bytes that attention has read
-  double compute_seconds = 0;           // in which a step ran, since start
-  std::optional<CostModel> cost_model;  // as of the last step; nullopt: an engine that has none
-  bool is_alive = true;                 // false: stopped, failed or stalled beyond stall_timeout
-  std::string failure;                  // why, where it is not
+  std::int64_t home_buffer_bytes = 0;     // reserved on the device to attend to home blocks
+  std::int64_t streamed_bytes = 0;        // of home blocks and kept inputs, that attention has read
+  std::int64_t kept_input_slots = 0;      // host slots with layer inputs of running sequences
+  std::int64_t kept_input_slots_max = 0;  // 0: they are not kept
+  std::int64_t projected_tokens = 0;      // whose keys and values were projected from kept inputs, of all steps
+  double compute_seconds = 0;             // in which a step ran, since start
+  std::optional<CostModel> cost_model;    // as of the last step; nullopt: an engine that has none
+  bool is_alive = true;                   // false: stopped, failed or stalled beyond stall_timeout
+  std::string failure;                    // why, where it is not
 };
 
 class Engine {

@@ -55,6 +55,22 @@ void HomeKeeper::Keep(Sequence& sequence) const {
   }
 }
 
+void HomeKeeper::KeepInputs(Sequence& sequence) const {
+  if (!inputs_ || !IsLong(sequence)) return;
+  const std::size_t per_slot = inputs_->blocks_per_slot(store_.layout());
+  const auto begin = static_cast<std::size_t>(BlocksFor(sequence.num_computed));
+  const auto end = static_cast<std::size_t>(BlocksFor(sequence.num_computed + sequence.num_planned));
+  if (sequence.inputs.size() < end) sequence.inputs.resize(end);
+  for (std::size_t i = begin; i < end; ++i) {
+    const std::size_t index = i % per_slot;
+    KeptInputs& kept = sequence.inputs[i];
+    if (index > 0) kept.slot = sequence.inputs[i - 1].slot;
+    if (kept.slot == nullptr) kept.slot = store_.TakeCompanion();
+    if (kept.slot == nullptr) continue;
+    kept.bytes = kept.slot->slot().bytes() + index * inputs_->block_bytes();
+  }
+}
+
 bool HomeKeeper::AwaitsSlot(const Sequence& sequence) const {
   return IsLong(sequence) && static_cast<std::int32_t>(sequence.home.size()) < sequence.num_published &&
          store_.num_home() < store_.max_home();

@@ -9,8 +9,10 @@
 // Engine thread only.
 
 #include <cstdint>
+#include <optional>
 #include <span>
 
+#include "engine/input_layout.h"
 #include "engine/sequence.h"
 #include "kvstore/kv_store.h"
 
@@ -21,8 +23,9 @@ class HomeKeeper {
   // The smallest device tier that can work so: a segment that fills and one that moves.
   static constexpr std::uint32_t kMinDeviceBlocks = 2 * kSegmentBlocks;
 
-  // `store` outlives the keeper.
-  explicit HomeKeeper(KvStore& store) : store_(store) {}
+  // `store` outlives the keeper. `inputs`: of sequences while they are long; nullopt: none are kept.
+  explicit HomeKeeper(KvStore& store, const std::optional<InputLayout>& inputs = std::nullopt)
+      : store_(store), inputs_(inputs) {}
 
   bool IsLong(const Sequence& sequence) const;
 
@@ -35,6 +38,9 @@ class HomeKeeper {
 
   // Begins home copies of published blocks that lack one, as far as there are home slots.
   void Keep(Sequence& sequence) const;
+  // Gives the blocks that the sequence's planned tokens begin slots for their inputs, as far as there are any. A block
+  // that was begun without one has none for good.
+  void KeepInputs(Sequence& sequence) const;
   // Published blocks of a long sequence wait for a home slot that will come by itself.
   bool AwaitsSlot(const Sequence& sequence) const;
 
@@ -47,6 +53,7 @@ class HomeKeeper {
 
  private:
   KvStore& store_;
+  const std::optional<InputLayout> inputs_;
 };
 
 }  // namespace spillway

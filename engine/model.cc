@@ -118,6 +118,7 @@ class DenseDecoder : public Model {
   }
   std::size_t weight_bytes() const override { return weight_bytes_; }
 
+  absl::StatusOr<std::unique_ptr<KvProjector>> MakeKvProjector(std::int64_t max_positions) override;
   absl::Status Reserve(std::int64_t max_tokens, std::int64_t max_sampled) override;
   const float* Forward(Stream& stream, const StepArrays& arrays, const KvView& kv) override;
 
@@ -258,6 +259,26 @@ absl::Status DenseDecoder::Load(const std::string& folder,
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::unique_ptr<KvProjector>> DenseDecoder::MakeKvProjector(std::int64_t max_positions) {
+  const WeightReader reader(*checkpoint_, dtype_);
+  packed_ = [](std::size_t) {};  // nobody waits to hear of it
+  KvProjector::Options options{.weights = {},
+                               .inverse_frequency = inverse_frequency_,
+                               .dtype = dtype_,
+                               .max_positions = max_positions,
+                               .head_dim = config_.head_dim};
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const std::string prefix = absl::StrCat("model.layers.", i, ".self_attn.");
+    ASSIGN_OR_RETURN(std::unique_ptr<PackedMatrix> packed, Pack(reader,
+                                                                {{absl::StrCat(prefix, "k_proj.weight"), kv_width()},
+                                                                 {absl::StrCat(prefix, "v_proj.weight"), kv_width()}},
+                                                                config_.hidden));
+    options.weights.push_back(std::move(packed));
+  }
+  packed_ = nullptr;
+  return KvProjector::Make(device_, std::move(options));
+}
+
 DenseDecoder::Workspace DenseDecoder::LayOut(Arena& arena, std::int64_t max_tokens, std::int64_t max_sampled) const {
   const auto floats = [&](std::int64_t rows, std::int64_t width) {
     return arena.Take<float>(static_cast<std::size_t>(rows * width));
@@ -344,6 +365,7 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
   for (int i = 0; i < config_.num_layers; ++i) {
     const Layer& layer = layers_[static_cast<std::size_t>(i)];
     norm(layer.input_norm, nullptr, num_tokens, w.narrow);
+    if (arrays.input_writer != nullptr) arrays.input_writer->Write(stream, i, w.narrow);
     gemm(w.narrow, num_tokens, *layer.qkv, GemmOutput::kStore, w.wide);
     kernels.RopeAppend(stream, {.qkv = w.wide,
                                 .cos_sin = w.cos_sin,

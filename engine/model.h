@@ -10,6 +10,8 @@
 
 #include "absl/status/statusor.h"
 #include "engine/home_reader.h"
+#include "engine/input_writer.h"
+#include "engine/kv_projector.h"
 #include "engine/layer_loader.h"
 #include "engine/model_config.h"
 #include "engine/safetensors.h"
@@ -45,6 +47,7 @@ struct StepArrays {
   HomeReader* home_reader = nullptr;
   HomeReader::Layout home{};
   LayerLoader* layer_loader = nullptr;  // null: no blocks come up inside this step
+  InputWriter* input_writer = nullptr;  // hears each layer's inputs; null where none are kept
 };
 
 class Model {
@@ -62,6 +65,11 @@ class Model {
   virtual KvLayout kv_layout() const = 0;
   virtual std::size_t weight_bytes() const = 0;
 
+  // What projects keys and values from layer inputs again; a second copy of those weights. Once; the model outlives it.
+  // UNIMPLEMENTED where that is not built.
+  virtual absl::StatusOr<std::unique_ptr<KvProjector>> MakeKvProjector(std::int64_t /*max_positions*/) {
+    return absl::UnimplementedError(config().architecture + ": keys and values cannot be projected from kept inputs");
+  }
   // Allocates what Forward needs for at most this many rows. Once, before Forward.
   virtual absl::Status Reserve(std::int64_t max_tokens, std::int64_t max_sampled) = 0;
   // Queues the whole forward pass. Returns device memory [num_sampled, vocab] that later work on `stream` may read.

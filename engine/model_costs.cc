@@ -12,6 +12,8 @@ ModelCosts CostsOf(const ModelConfig& config, const KvLayout& layout, double wei
           .flops_per_sample = 2 * hidden * config.vocab,
           .attention_flops_per_key = 4 * layers * query,
           .kv_bytes_per_token = static_cast<double>(layout.block_bytes()) / kBlockTokens,
+          .input_bytes_per_token = layers * hidden * static_cast<double>(SizeOf(layout.dtype)),
+          .projection_flops_per_token = 2 * layers * hidden * 2 * kv,
           .weight_bytes = weight_bytes};
 }
 

@@ -12,9 +12,11 @@ struct ModelCosts {
   // made for sampled tokens alone and counted by flops_per_sample.
   double flops_per_token = 0;
   double flops_per_sample = 0;
-  double attention_flops_per_key = 0;  // of one query token and one key: 4 x layers x heads x head_dim
-  double kv_bytes_per_token = 0;       // of a cached token, all layers
-  double weight_bytes = 0;             // read by a step, all experts
+  double attention_flops_per_key = 0;     // of one query token and one key: 4 x layers x heads x head_dim
+  double kv_bytes_per_token = 0;          // of a cached token, all layers
+  double input_bytes_per_token = 0;       // of a token's layer inputs, all layers
+  double projection_flops_per_token = 0;  // of its keys and values from these
+  double weight_bytes = 0;                // read by a step, all experts
 
   // Of `tokens` new tokens behind `cached` ones, each attending to itself and all before it.
   double AttentionFlops(double cached, double tokens) const {

@@ -8,7 +8,12 @@
 namespace spillway {
 Scheduler::Scheduler(KvStore& store, const KeyChain& chain, const Options& options, EngineObserver* observer,
                      const CostModel* costs)
-    : store_(store), keeper_(store), chain_(chain), options_(options), observer_(observer), costs_(costs) {}
+    : store_(store),
+      keeper_(store, options.kept_inputs),
+      chain_(chain),
+      options_(options),
+      observer_(observer),
+      costs_(costs) {}
 
 Scheduler::~Scheduler() {
   for (Sequence* const sequence : All()) Remove(sequence);
@@ -177,6 +182,7 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
   KvStore::Release(sequence.blocks);
   KvStore::Release(sequence.home);
   KvStore::Release(sequence.arriving);
+  sequence.inputs.clear();
   sequence.num_home = 0;
   if (!sequence.was_scheduled) sequence.num_cached_below = 0;
   sequence.num_computed = 0;
@@ -185,6 +191,7 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
 
 void Scheduler::Schedule(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan) {
   sequence.num_planned = num_tokens;
+  keeper_.KeepInputs(sequence);
   const bool samples = num_tokens == sequence.num_uncomputed();
   if (costs_ != nullptr) costs_->Add(work_, sequence.num_computed, num_tokens, samples);
   plan.num_tokens += num_tokens;
@@ -397,7 +404,7 @@ void Scheduler::CheckInvariants() const {
       case Place::kHeld:
       case Place::kAwaiting:
         SPILLWAY_CHECK(sequence->num_blocks() == 0 && sequence->num_computed == 0 && sequence->num_claimed == 0);
-        SPILLWAY_CHECK(sequence->home.empty() && sequence->arriving.empty());
+        SPILLWAY_CHECK(sequence->home.empty() && sequence->arriving.empty() && sequence->inputs.empty());
         break;
       case Place::kLoading:
       case Place::kReady:
@@ -412,7 +419,8 @@ void Scheduler::CheckInvariants() const {
     }
   }
   SPILLWAY_CHECK(!running_.empty() || claims_.empty());
-  SPILLWAY_CHECK(has_work() || store_.has_transfers() || (store_.num_held() == 0 && store_.num_home() == 0));
+  SPILLWAY_CHECK(has_work() || store_.has_transfers() ||
+                 (store_.num_held() == 0 && store_.num_home() == 0 && store_.num_companions() == 0));
 }
 
 }  // namespace spillway

@@ -37,6 +37,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -64,6 +65,7 @@ class Scheduler {
     LoadChoice load_choice = LoadChoice::kLoad;
     LayerLoads layer_loads = LayerLoads::kNever;
     double ageing_seconds = 1;
+    std::optional<InputLayout> kept_inputs{};  // of long sequences, see HomeKeeper
   };
 
   // `store` and `costs` outlive the scheduler. `chain` names blocks. `costs`: null where speeds are unknown; then what

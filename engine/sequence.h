@@ -15,6 +15,7 @@
 //
 // Its rank among others is (rank, arrival), lower first. Engine thread only.
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -34,6 +35,12 @@ inline constexpr std::int32_t kSegmentBlocks = kSegmentTokens / kBlockTokens;
 
 inline std::int32_t BlocksFor(std::int32_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
 
+// Layer inputs of one block, in a host slot that it may share with its neighbours.
+struct KeptInputs {
+  std::shared_ptr<HomeBlock> slot;  // null: they are not kept
+  std::byte* bytes = nullptr;
+};
+
 struct Sequence {
   SequenceRequest request;
   std::vector<std::int32_t> tokens;
@@ -41,6 +48,7 @@ struct Sequence {
   std::vector<BlockRef> blocks;                  // on the device
   std::vector<std::shared_ptr<HomeBlock>> home;  // of long sequences, see HomeKeeper
   std::int32_t num_home = 0;                     // blocks; whole segments
+  std::vector<KeptInputs> inputs;                // by block, see HomeKeeper; complete where all its rows are computed
   std::vector<BlockKey> keys;                    // of the full blocks of `tokens`, grown as they fill
   std::int32_t num_prompt = 0;
   std::int32_t num_computed = 0;
@@ -75,6 +83,10 @@ struct Sequence {
   // Index into `blocks` of the first that is arriving.
   std::size_t first_arriving() const {
     return static_cast<std::size_t>(num_computed / kBlockTokens - num_home) - arriving.size();
+  }
+  bool HasInputs(std::int32_t block) const {
+    const auto index = static_cast<std::size_t>(block);
+    return index < inputs.size() && inputs[index].slot != nullptr;
   }
   std::int32_t num_outputs() const { return size() - num_prompt; }
   std::int32_t num_uncomputed() const { return size() - num_computed; }

@@ -22,6 +22,7 @@ struct StepPlan {
   std::int32_t num_tokens = 0;
   std::int32_t num_prefill_tokens = 0;  // of sequences with more than one token to compute
   std::int32_t num_preempted = 0;
+  std::int32_t num_projected = 0;  // of the streamed ones' home blocks; set by the engine, see NumProjected
 
   bool empty() const { return sequences.empty(); }
   std::span<const PlannedSequence> streamed() const {

@@ -32,9 +32,10 @@ SampleRow SampleRowOf(const Sequence& sequence) {
 absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Model& model, const Limits& limits,
                                                              std::unique_ptr<HomeReader> home_reader,
                                                              std::unique_ptr<LayerLoader> layer_loader,
+                                                             std::unique_ptr<InputWriter> input_writer,
                                                              bool hash_logits) {
-  std::unique_ptr<StepRunner> runner(
-      new StepRunner(device, model, limits, std::move(home_reader), std::move(layer_loader), hash_logits));
+  std::unique_ptr<StepRunner> runner(new StepRunner(device, model, limits, std::move(home_reader),
+                                                    std::move(layer_loader), std::move(input_writer), hash_logits));
   const std::int64_t max_sequences = device.PaddedRows(limits.max_sequences);
   const std::int64_t max_tokens = std::max<std::int64_t>(limits.max_tokens, max_sequences);
   const auto sequences = static_cast<std::size_t>(max_sequences);
@@ -145,16 +146,18 @@ void StepRunner::FillPadding(const StepPlan& plan, const Counts& counts, const L
 void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
   Counts counts = CountsOf(plan);
   num_results_ = static_cast<std::int64_t>(counts.sampled);
-  // With blocks at home it also queues passes over these, with blocks that come up their copies.
-  const bool is_decode = plan.num_streamed == 0 && plan.num_arriving == 0 && counts.tokens == counts.sequences &&
-                         counts.sampled == counts.sequences;
+  if (input_writer_) input_writer_->Fill(plan);
+  // With blocks at home it also queues passes over these, with blocks that come up their copies, and with inputs to
+  // keep theirs.
+  const bool is_plain = plan.num_streamed == 0 && plan.num_arriving == 0 && (!input_writer_ || input_writer_->empty());
+  const bool is_decode = is_plain && counts.tokens == counts.sequences && counts.sampled == counts.sequences;
   if (is_decode) counts = PaddedDecode(counts.sequences, counts.blocks);
   Arena host_arena(host_metadata_.get(), host_metadata_.size_bytes);
   Arena device_arena(device_metadata_.get(), device_metadata_.size_bytes);
   const Layout host = LayOut(host_arena, counts);
   const Layout device = LayOut(device_arena, counts);
   Fill(plan, counts, host);
-  if (plan.num_streamed > 0) home_reader_->Fill(plan.streamed(), host.home);
+  if (plan.num_streamed > 0) home_reader_->Fill(plan.streamed(), plan.num_projected, host.home);
   LayerLoader* const loader = plan.num_arriving > 0 ? layer_loader_.get() : nullptr;
   if (loader != nullptr) loader->Begin(plan.sequences, kv);
   stream_->Copy(device_metadata_.get(), host_metadata_.get(), host_arena.used());
@@ -187,8 +190,10 @@ void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvV
                           .num_streamed = static_cast<std::int64_t>(counts.home.sequences),
                           .home_reader = home_reader_.get(),
                           .home = device.home,
-                          .layer_loader = layer_loader};
+                          .layer_loader = layer_loader,
+                          .input_writer = input_writer_.get()};
   const float* const logits = model_.Forward(*stream_, arrays, kv);
+  if (input_writer_) input_writer_->Join(*stream_);
   if (counts.sampled == 0) return;
   device_.kernels().Sample(*stream_, {.logits = logits,
                                       .num_rows = static_cast<std::int64_t>(counts.sampled),

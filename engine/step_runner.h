@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/home_reader.h"
+#include "engine/input_writer.h"
 #include "engine/model.h"
 #include "engine/step_plan.h"
 #include "kernels/arena.h"
@@ -29,11 +30,13 @@ class StepRunner {
     std::int32_t max_banned_per_sequence = 0;
   };
 
-  // Reserves the model's workspace. `device` and `model` outlive the runner. `home_reader`, `layer_loader`: null where
-  // no sequence has blocks at home; where none come up inside a step.
+  // Reserves the model's workspace. `device` and `model` outlive the runner. `home_reader`, `layer_loader`,
+  // `input_writer`: null where no sequence has blocks at home; where none come up inside a step; where no layer inputs
+  // are kept.
   static absl::StatusOr<std::unique_ptr<StepRunner>> Make(Device& device, Model& model, const Limits& limits,
                                                           std::unique_ptr<HomeReader> home_reader,
-                                                          std::unique_ptr<LayerLoader> layer_loader, bool hash_logits);
+                                                          std::unique_ptr<LayerLoader> layer_loader,
+                                                          std::unique_ptr<InputWriter> input_writer, bool hash_logits);
 
   // Queues the step. The plan's sequences stay unchanged until done; `kv` is the same in every call. `done` may only
   // post to a mailbox.
@@ -45,12 +48,15 @@ class StepRunner {
   // After done: whether the step succeeded, and one result per sampling sequence, in the plan's order.
   absl::Status status() const { return stream_->status(); }
   std::int64_t home_buffer_bytes() const {
-    return home_reader_ ? static_cast<std::int64_t>(home_reader_->buffer_bytes()) : 0;
+    const std::size_t reading = home_reader_ ? home_reader_->buffer_bytes() : 0;
+    return static_cast<std::int64_t>(reading + (input_writer_ ? input_writer_->buffer_bytes() : 0));
   }
   // Any thread: blocks that came up inside steps, and the seconds that took.
   std::int64_t loaded_blocks() const { return layer_loader_ ? layer_loader_->loaded_blocks() : 0; }
   double load_seconds() const { return layer_loader_ ? layer_loader_->seconds() : 0; }
   std::int64_t streamed_bytes() const { return home_reader_ ? home_reader_->read_bytes() : 0; }
+  std::int64_t projected_blocks() const { return home_reader_ ? home_reader_->projected_blocks() : 0; }
+  HomeReader::Times home_times() const { return home_reader_ ? home_reader_->times() : HomeReader::Times{}; }
   std::span<const SampleResult> results() const { return {host_results_, static_cast<std::size_t>(num_results_)}; }
 
  private:
@@ -79,13 +85,14 @@ class StepRunner {
   };
 
   StepRunner(Device& device, Model& model, const Limits& limits, std::unique_ptr<HomeReader> home_reader,
-             std::unique_ptr<LayerLoader> layer_loader, bool hash_logits)
+             std::unique_ptr<LayerLoader> layer_loader, std::unique_ptr<InputWriter> input_writer, bool hash_logits)
       : device_(device),
         model_(model),
         max_banned_per_sequence_(static_cast<std::size_t>(limits.max_banned_per_sequence)),
         hash_logits_(hash_logits),
         home_reader_(std::move(home_reader)),
-        layer_loader_(std::move(layer_loader)) {}
+        layer_loader_(std::move(layer_loader)),
+        input_writer_(std::move(input_writer)) {}
   static Layout LayOut(Arena& arena, const Counts& counts);
   Counts CountsOf(const StepPlan& plan) const;
   Counts PaddedDecode(std::size_t num_sequences, std::size_t num_blocks) const;
@@ -99,6 +106,7 @@ class StepRunner {
   const bool hash_logits_;
   const std::unique_ptr<HomeReader> home_reader_;
   const std::unique_ptr<LayerLoader> layer_loader_;
+  const std::unique_ptr<InputWriter> input_writer_;
   Buffer host_metadata_;
   Buffer device_metadata_;
   Buffer host_result_memory_;

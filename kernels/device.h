@@ -52,7 +52,7 @@ class Stream {
   // Later work on this stream starts after `event`; the calling thread does not block.
   virtual void Wait(const std::shared_ptr<Event>& event) = 0;
   // Runs `reached` on a device thread once all work queued before is done (or was skipped after an error).
-  // It may only post to a mailbox, or pace the stream's copies.
+  // It may only post to a mailbox, pace the stream's copies, or note the time.
   virtual void Notify(std::function<void()> reached) = 0;
   // Calls `queue`, which queues work on this stream: kernels, copies, and Wait and Record to fork to other streams and
   // join them again. All calls with one key queue the same work with the same arguments, only what the arguments point

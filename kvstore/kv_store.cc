@@ -186,6 +186,15 @@ void KvStore::Release(std::vector<std::shared_ptr<HomeBlock>>& home) {
   while (!home.empty()) home.pop_back();
 }
 
+std::shared_ptr<HomeBlock> KvStore::TakeCompanion() {
+  if (num_companions_ >= options_.max_companions) return nullptr;
+  std::optional<HostSlot> slot = host_.TakeHome();
+  if (!slot) return nullptr;
+  auto companion = std::make_shared<HomeBlock>(num_companions_);
+  companion->Fill(*std::move(slot));
+  return companion;
+}
+
 std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span<const std::int32_t> tokens) {
   if (const auto found = restoring_.find(key); found != restoring_.end()) {
     ++found->second->num_waiters;
@@ -266,6 +275,7 @@ void KvStore::CheckInvariants() const {
   index_.CheckInvariants(pool_);
   SPILLWAY_CHECK(restoring_.size() + num_storing_ + num_moving_home_ == outstanding_.size());
   SPILLWAY_CHECK(num_home_ <= options_.max_home_blocks && num_moving_home_ <= num_home_);
+  SPILLWAY_CHECK(num_companions_ <= options_.max_companions);
   SPILLWAY_CHECK(storing_keys_.size() == unstored_.size() + num_storing_);
 }
 

@@ -9,6 +9,7 @@
 //   Restore     a block that a lower tier has comes up; all who want it share one transfer
 //   KeepHome    a running sequence's block gets a home slot in the host tier, so that it can leave the device and still
 //               be read; PinHome: a copy that is there already becomes one
+//   TakeCompanion  a host slot for what belongs to a running sequence and is no block
 //   Collect     takes in what the transfers have finished
 //
 // A hit compares tokens. Engine thread only; transfers run on threads of their own and touch no bookkeeping.
@@ -73,6 +74,7 @@ struct KvStoreOptions {
   std::uint32_t num_blocks = 0;
   // Home blocks at most; those of all engines over one host tier must fit it together. 0: none.
   std::uint32_t max_home_blocks = 0;
+  std::uint32_t max_companions = 0;  // slots of TakeCompanion at most, beside those
   PrefixCaching caching = PrefixCaching::kOn;
   LinkPacing pacing;
   double max_transfer_bytes_per_second = 0;                  // 0: no cap
@@ -106,6 +108,9 @@ class KvStore {
   std::shared_ptr<HomeBlock> PinHome(const BlockKey& key, std::span<const std::int32_t> tokens);
   // Releases back to front, so that a prefix's tail is evicted before its head.
   static void Release(std::vector<std::shared_ptr<HomeBlock>>& home);
+  // A home slot for what a running sequence keeps beside its blocks; ready, its content unknown and never findable.
+  // Null: no more are allowed, or no slot is to be had now.
+  std::shared_ptr<HomeBlock> TakeCompanion();
 
   // Whoever used these blocks lets them go: the copies below are as recent as the device's, and a prefix's tail is
   // evicted before its head there too.
@@ -139,6 +144,8 @@ class KvStore {
   KvView home_view() const { return {.pool = host_.slab(), .layout = options_.layout}; }  // by HostSlot::id
   std::uint32_t num_home() const { return num_home_; }
   std::uint32_t max_home() const { return options_.max_home_blocks; }
+  std::uint32_t num_companions() const { return num_companions_; }
+  std::uint32_t max_companions() const { return options_.max_companions; }
   std::uint32_t num_moving_home() const { return num_moving_home_; }
   // Not OK once a move home has failed, as it does only where the device has.
   const absl::Status& status() const { return status_; }
@@ -181,6 +188,7 @@ class KvStore {
   HostTier& host_;
   std::uint32_t num_home_ = 0;  // HomeBlocks alive
   std::uint32_t num_moving_home_ = 0;
+  std::uint32_t num_companions_ = 0;  // slots of TakeCompanion that are held
   absl::Status status_;
   BlockPool pool_;
   PrefixIndex index_;

@@ -234,6 +234,7 @@ EngineOptions EngineOptionsOf(const Options& options, const Capacity& capacity) 
   engine.max_queued_requests = static_cast<std::int32_t>(options.scheduling.max_num_queued_reqs);
   engine.scheduling_policy = SchedulingPolicyNamed(options.scheduling.policy).value();
   engine.load_choice = LoadChoiceNamed(options.scheduling.load_choice).value();
+  engine.activation_recompute = static_cast<std::int32_t>(options.cache.kv_activation_recompute);
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;
   engine.prefix_hash_seed = options.cache.prefix_hash_seed;
   engine.stall_timeout = absl::Seconds(options.life.engine_stall_timeout);
@@ -241,6 +242,19 @@ EngineOptions EngineOptionsOf(const Options& options, const Capacity& capacity) 
   engine.link_latency_seconds = options.cache.cpu_link_latency;
   engine.max_transfer_bytes_per_second = static_cast<double>(options.cache.kv_offloading_bandwidth);
   return engine;
+}
+
+// Of an engine's slots of the host tier, those that may be the only place of a sequence's blocks.
+absl::StatusOr<std::int64_t> HomeBlocks(const Options& options, const Model& model, std::int64_t num_slots) {
+  if (options.cache.kv_activation_recompute != kRecomputeOff) {
+    if (options.device.device == "cuda") {
+      return absl::UnimplementedError(
+          "--kv-activation-recompute: not on the cuda device, where a product's bits may depend on its rows");
+    }
+    RETURN_IF_ERROR(CheckRecomputes(model.config()));
+    num_slots = HomeSlotsBesideInputs(num_slots, InputLayoutOf(model.config(), model.kv_layout()), model.kv_layout());
+  }
+  return num_slots;
 }
 
 // One block through the tiers, before anything depends on them.
@@ -295,7 +309,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
                                          : DefaultKvCacheBytes(memory, weight_bytes) / num_engines;
   const auto block_bytes = static_cast<std::int64_t>(layout.block_bytes());
   const std::int64_t host_bytes = HostTierBytes(options.cache, memory, weight_bytes);
-  const std::int64_t home_blocks = host_bytes / block_bytes / num_engines;
+  ASSIGN_OR_RETURN(const std::int64_t home_blocks, HomeBlocks(options, *model, host_bytes / block_bytes / num_engines));
   ASSIGN_OR_RETURN(const Capacity capacity,
                    PlanCapacity({.kv_cache_bytes = options.cache.kv_cache_memory_bytes,
                                  .max_model_len = options.model.max_model_len,

@@ -222,6 +222,10 @@ class EngineMetrics : public EngineObserver {
                status.move_home_seconds);
     SetCounter("spillway_kv_streamed_bytes_total", "Bytes that attention has read in the host tier.",
                number(status.streamed_bytes));
+    MakeGauge("spillway_kv_input_slots", "Host slots with layer inputs of running sequences.")
+        .Set(number(status.kept_input_slots));
+    SetCounter("spillway_kv_projected_tokens_total", "Tokens whose keys and values were projected from kept inputs.",
+               number(status.projected_tokens));
     SetCounter("vllm:kv_offload_load_bytes_total", "Bytes from the host tier.", number(status.restored_bytes));
     SetCounter("vllm:kv_offload_load_time_total", "Seconds of loads, summed.", status.restore_seconds);
     SetCounter("vllm:kv_offload_store_bytes_total", "Bytes to the host tier.", number(status.stored_bytes));

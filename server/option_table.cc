@@ -1,5 +1,6 @@
 #include "server/option_table.h"
 
+#include "engine/activation_recompute.h"
 #include "engine/scheduling_policy.h"
 
 namespace spillway {
@@ -256,6 +257,18 @@ std::vector<OptionRow> MakeTable() {
        .special = SpecialValue{"unlimited", 0},
        .group = "KV cache",
        .help = "Most that copies between the device and the host tier take of the link, both ways together."},
+      {.name = "kv-activation-recompute",
+       .commands = kEngines,
+       .kind = kCount,
+       .target = SPILLWAY_AT(cache.kv_activation_recompute),
+       .unit = "tokens",
+       .least = 0,
+       .most = 1 << 24,
+       .special = SpecialValue{"auto", kRecomputeAuto},
+       .group = "KV cache",
+       .help = "Of a sequence larger than the device's KV cache, tokens whose keys and values are projected from layer "
+               "inputs, kept in the host tier, while those of the others come over the link (KVPR). auto: as many as "
+               "measured speeds say. 0: none. For models with less than two heads to a KV head, on a link."},
       {.name = "prefix-hash-seed",
        .commands = kServe,
        .target = SPILLWAY_AT(cache.prefix_hash_seed),

@@ -60,6 +60,7 @@ struct CacheChoice {
   std::int64_t cpu_link_bandwidth = 0;       // bytes per second; 0: not paced
   double cpu_link_latency = 0;               // seconds
   std::int64_t kv_offloading_bandwidth = 0;  // bytes per second; 0: no cap
+  std::int64_t kv_activation_recompute = 0;  // tokens; -1: auto; 0: off
   bool cache_salt_by_tenant = false;
 };
 

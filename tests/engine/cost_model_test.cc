@@ -93,6 +93,45 @@ TEST(CostModelTest, KvprKeepsToItsLimit) {
   EXPECT_NEAR(split.time_ratio, 1 - 0.128 / 2, 1e-9);
 }
 
+// Home tokens whose keys and values take 20 us each on the link, their inputs half of that.
+constexpr ModelCosts kStreamed{
+    .flops_per_token = 4e8, .kv_bytes_per_token = 2e4, .input_bytes_per_token = 1e4, .projection_flops_per_token = 8e6};
+
+TEST(CostModelTest, AsManyTokensAreProjectedAsLetLinkAndComputingEndTogether) {
+  const CostModel model(kStreamed, SpeedOf(8e11), LinkOf(1e9), kCopyBytes);  // 10 us to project one
+  StepWork work;
+  work.num_tokens = 1;
+  work.linear_flops = 8e9;  // 10 ms
+  const std::int64_t best = model.ProjectedTokens(4000, 4000, work);
+  EXPECT_NEAR(static_cast<double>(best), 3500, 1);  // 80 ms - 3500 x 10 us = 45 ms = 10 ms + 3500 x 10 us
+  const auto seconds = [&](std::int64_t l) {
+    const auto projected = static_cast<double>(l);
+    return std::max((4000 * 2e4 - projected * 1e4) / 1e9, 0.01 + projected * 1e-5);
+  };
+  for (std::int64_t l = 0; l <= 4000; ++l) EXPECT_GE(seconds(l), seconds(best) - 1e-12) << l;
+  EXPECT_EQ(model.ProjectedTokens(4000, 1000, work), 1000);
+  work.linear_flops = 1e11;  // computing takes longer than everything on the link
+  EXPECT_EQ(model.ProjectedTokens(4000, 4000, work), 0);
+}
+
+TEST(CostModelTest, WhatStreamedStepsReportIsWhatTheNextOnesAreChosenBy) {
+  CostModel model(kStreamed, SpeedOf(8e11), LinkOf(1e9), kCopyBytes);
+  const auto chosen = [&] { return static_cast<double>(model.ProjectedTokens(4000, 1 << 20, {})); };
+  ASSERT_NEAR(chosen(), 4000, 1);
+  model.OnProjection(1e9, 1e9 / 2e11);  // 40 us to project one
+  EXPECT_NEAR(chosen(), 1600, 1);
+  model.OnStream(1e9, 2);  // 40 us to send keys and values, 20 us less for inputs
+  EXPECT_NEAR(chosen(), 2666, 1);
+  for (int i = 0; i < 100; ++i) model.OnProjection(1e9, 1e9 / 4e11);  // 20 us after all
+  EXPECT_NEAR(chosen(), 4000, 1);
+}
+
+TEST(CostModelTest, NothingIsProjectedFromInputsThatAreNoFewerBytes) {
+  ModelCosts costs = kStreamed;
+  costs.input_bytes_per_token = costs.kv_bytes_per_token;
+  EXPECT_EQ(CostModel(costs, SpeedOf(8e11), LinkOf(1e9), kCopyBytes).ProjectedTokens(4000, 4000, {}), 0);
+}
+
 // A model and a machine where attention, the floor and the link all count.
 const ModelCosts kSmall{.flops_per_token = 4e8,
                         .flops_per_sample = 6e7,

@@ -241,7 +241,7 @@ class HandDriven {
     runner_ = *StepRunner::Make(
         *device_, *model_,
         {.max_tokens = 1024, .max_sequences = 1, .max_blocks_per_sequence = 64, .max_banned_per_sequence = 8},
-        /*home_reader=*/nullptr, /*layer_loader=*/nullptr, /*hash_logits=*/true);
+        /*home_reader=*/nullptr, /*layer_loader=*/nullptr, /*input_writer=*/nullptr, /*hash_logits=*/true);
   }
 
   // Computes the next `count` known tokens of the sequence.

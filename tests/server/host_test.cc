@@ -201,6 +201,19 @@ TEST(MakeEngineHost, RefusesAPacedLinkOnTheCudaDevice) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("--cpu-link-bandwidth"));
 }
 
+TEST(MakeEngineHost, RefusesActivationRecomputeWhereItSavesNothing) {
+  const TemporaryFolder folder;
+  fs::create_directories(folder / "m");
+  ASSERT_TRUE(WriteRandomLlama(folder / "m", {.heads = 4, .kv_heads = 2}).ok());
+  ASSERT_TRUE(WriteByteTokenizer(folder / "m", RandomLlamaOptions().vocab).ok());
+  Options options;
+  options.model.model = folder / "m";
+  options.cache.kv_activation_recompute = kRecomputeAuto;
+  const absl::Status grouped = MakeEngineHost(options, {}).status();
+  EXPECT_TRUE(absl::IsUnimplemented(grouped)) << grouped;
+  EXPECT_THAT(std::string(grouped.message()), HasSubstr("4 heads to 2 KV heads"));
+}
+
 TEST(CheckRoom, SaysWhyAHostTierDoesNotFit) {
   constexpr std::int64_t kGiB = std::int64_t{1} << 30;
   EXPECT_TRUE(CheckRoom(6 * kGiB, {.available_bytes = 8 * kGiB}, kGiB, 2 * kGiB).ok());
