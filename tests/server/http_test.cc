@@ -146,10 +146,10 @@ TEST(Http, CostModelTellsSpeedsAndWhatFollowsFromThem) {
   ASSERT_EQ(response.status, 200);
   EXPECT_EQ(response.Header("Content-Type"), "application/json");
   const auto model = response.Json();
-  EXPECT_EQ(model["kappa_crit"], 1.5);
+  EXPECT_DOUBLE_EQ(model["kappa_crit"], 1.5);
   EXPECT_EQ(model["model"]["kv_bytes_per_token"], 1e3);
   EXPECT_EQ(model["compute"]["linear_flops_per_second"], 2e9);
-  EXPECT_EQ(model["link"]["bytes_per_second"], 3e6);
+  EXPECT_DOUBLE_EQ(model["link"]["bytes_per_second"], 3e6);
   ASSERT_EQ(model["link"]["by_copy_size"].size(), 1U);
   EXPECT_EQ(model["link"]["by_copy_size"][0]["copy_bytes"], 1e6);
   EXPECT_NEAR(model["critical_chunk_tokens"], 1e3 / 3, 1e-6);
