@@ -71,7 +71,7 @@ struct SequenceRequest {
   std::uint32_t choice = 0;          // 0 .. n-1
   std::vector<std::int32_t> prompt;  // >= 1 token, all within the vocabulary
   SamplingParams sampling;
-  std::string cache_salt;            // prefix-cache entries are shared only within one salt
+  std::string cache_salt;  // prefix-cache entries are shared only within one salt
   // Of the prompt's full blocks; Engine::Submit makes them where there are none, on its caller's thread.
   std::vector<BlockKey> prompt_keys;
   bool bypass_prefix_cache = false;  // matches nothing; still publishes

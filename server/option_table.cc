@@ -47,7 +47,8 @@ std::vector<OptionRow> MakeTable() {
        .target = SPILLWAY_AT(model.dtype),
        .choices = {"auto", "float32", "bfloat16"},
        .group = "Model",
-       .help = "Type of weights, activations and KV. auto: the checkpoint's; float16 runs as float32 on the cpu device.",
+       .help =
+           "Type of weights, activations and KV. auto: the checkpoint's; float16 runs as float32 on the cpu device.",
        .vllm = "--dtype"},
       {.name = "quantization",
        .commands = kEngines,
