@@ -233,7 +233,8 @@ class Bench {
 }  // namespace spillway
 
 int main(int argc, char** argv) {
-  std::string directory = (argc > 1 ? std::string(argv[1]) : std::string("/tmp")) + "/file_tier_bench.XXXXXX";
+  std::string directory = argc > 1 ? argv[1] : std::filesystem::temp_directory_path().string();
+  directory += "/file_tier_bench.XXXXXX";
   if (::mkdtemp(directory.data()) == nullptr) {
     std::cerr << "cannot make " << directory << "\n";
     return 1;

@@ -35,11 +35,11 @@ namespace {
 using ::spillway::testing::Collected;
 using ::spillway::testing::CollectingSink;
 using ::spillway::testing::MakeRequest;
+using ::spillway::testing::RecordingHostTier;
 using ::spillway::testing::Rig;
 using ::spillway::testing::RunRounds;
 using ::spillway::testing::RunRoundsSolo;
 using ::spillway::testing::Tokens;
-using ::spillway::testing::WrappedHostTier;
 
 constexpr std::int32_t kAll = 1 << 20;
 
@@ -262,18 +262,6 @@ TEST(RecomputePressure, TwoEnginesShareTheHostTier) {
   second.engine.reset();
   EXPECT_EQ(host->stats().in_flight, 0);
 }
-
-// Remembers the slots that running sequences take, in order: the first has inputs of the first blocks.
-class RecordingHostTier : public WrappedHostTier {
- public:
-  using WrappedHostTier::WrappedHostTier;
-  std::optional<HostSlot> TakeHome() override {
-    std::optional<HostSlot> slot = WrappedHostTier::TakeHome();
-    if (slot) homes.push_back(slot->bytes());
-    return slot;
-  }
-  std::vector<std::byte*> homes;  // engine thread
-};
 
 TEST(RecomputePlantedFault, KeptInputsAreRead) {
   const ModelCase& model = Models()[1];  // f32, where nothing is rounded away

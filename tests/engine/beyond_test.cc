@@ -38,11 +38,11 @@ namespace {
 using ::spillway::testing::Collected;
 using ::spillway::testing::CollectingSink;
 using ::spillway::testing::MakeRequest;
+using ::spillway::testing::RecordingHostTier;
 using ::spillway::testing::Rig;
 using ::spillway::testing::RunRounds;
 using ::spillway::testing::RunRoundsSolo;
 using ::spillway::testing::Tokens;
-using ::spillway::testing::WrappedHostTier;
 
 std::string MakeModel(const std::string& name, int max_positions) {
   const std::string path = ::testing::TempDir() + "spillway_" + name + "_" + std::to_string(::getpid());
@@ -233,18 +233,6 @@ TEST(BeyondPressure, TwoEnginesShareTheHostTier) {
   second.engine.reset();
   EXPECT_EQ(host->stats().in_flight, 0);
 }
-
-// Remembers the home slots in the order of the blocks of the one sequence that runs.
-class RecordingHostTier : public WrappedHostTier {
- public:
-  using WrappedHostTier::WrappedHostTier;
-  std::optional<HostSlot> TakeHome() override {
-    std::optional<HostSlot> slot = WrappedHostTier::TakeHome();
-    if (slot) homes.push_back(slot->bytes());
-    return slot;
-  }
-  std::vector<std::byte*> homes;  // engine thread
-};
 
 // One long sequence; `plant` runs on the engine thread after its third token. The hashes of its logits.
 std::vector<std::uint64_t> RunWithPlant(const std::function<void(RecordingHostTier&, std::size_t block_bytes)>& plant) {

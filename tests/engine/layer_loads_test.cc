@@ -17,6 +17,7 @@
 #include "kvstore/host_tier.h"
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/engine_harness.h"
+#include "tests/support/turns.h"
 #include "tests/support/wrapped_host_tier.h"
 
 namespace spillway {
@@ -26,6 +27,7 @@ using ::spillway::testing::Collected;
 using ::spillway::testing::CollectingSink;
 using ::spillway::testing::MakeRequest;
 using ::spillway::testing::Rig;
+using ::spillway::testing::Tokens;
 using ::spillway::testing::WrappedHostTier;
 
 constexpr std::int64_t kPool = 60;  // blocks: two sessions of four
@@ -48,13 +50,6 @@ const std::string& Folder() {
     return path;
   }();
   return folder;
-}
-
-std::vector<std::int32_t> Tokens(std::uint32_t seed, std::size_t count) {
-  std::mt19937 random(seed);
-  std::vector<std::int32_t> tokens(count);
-  for (std::int32_t& token : tokens) token = static_cast<std::int32_t>(3 + random() % 280);
-  return tokens;
 }
 
 // Four sessions that return with more, alone and then together, to a device tier of two.

@@ -20,6 +20,7 @@
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/engine_harness.h"
 #include "tests/support/temp_folder.h"
+#include "tests/support/turns.h"
 #include "tests/support/wrapped_host_tier.h"
 
 namespace spillway {
@@ -29,6 +30,8 @@ using ::spillway::testing::Collected;
 using ::spillway::testing::CollectingSink;
 using ::spillway::testing::MakeRequest;
 using ::spillway::testing::Rig;
+using ::spillway::testing::RunTurns;
+using ::spillway::testing::Turn;
 using ::spillway::testing::WrappedHostTier;
 
 constexpr std::int32_t kMaxModelLen = 96;  // 6 blocks
@@ -55,11 +58,6 @@ const std::string& Folder() {
 
 // Three rounds of conversations: each turn repeats all that was said before. Some prompts are nearly as long as a
 // sequence may be, some come as three choices, and some are aborted after a few tokens.
-struct Turn {
-  SequenceRequest request;
-  std::size_t abort_after = 0;  // tokens; 0: never
-};
-
 std::vector<std::vector<Turn>> Rounds() {
   std::mt19937 random(17);
   const auto tokens = [&](int count) {
@@ -98,37 +96,7 @@ std::vector<std::vector<Turn>> Rounds() {
   return rounds;
 }
 
-// All rounds, each submitted at once. Aborted turns contribute the tokens they surely reached.
-std::vector<Collected> RunRounds(Rig& rig) {
-  std::vector<Collected> all;
-  for (std::vector<Turn>& round : Rounds()) {
-    std::vector<std::future<Collected>> results;
-    std::vector<std::size_t> aborts;
-    std::vector<SequenceRequest> requests;
-    for (Turn& turn : round) {
-      auto sink = std::make_shared<CollectingSink>();
-      if (turn.abort_after > 0) {
-        sink->on_token = [engine = rig.engine.get(), id = turn.request.id,
-                          after = turn.abort_after](const Collected& so_far) {
-          if (so_far.tokens.size() == after) engine->Cancel(id);
-        };
-      }
-      results.push_back(sink->Result());
-      aborts.push_back(turn.abort_after);
-      turn.request.sink = std::move(sink);
-      requests.push_back(std::move(turn.request));
-    }
-    const absl::Status status = rig.engine->Submit(std::move(requests));
-    SPILLWAY_CHECK(status.ok()) << status;
-    for (std::size_t i = 0; i < results.size(); ++i) {
-      Collected collected = results[i].get();
-      EXPECT_TRUE(collected.error.ok()) << collected.error;
-      if (aborts[i] > 0) collected.tokens.resize(aborts[i]);
-      all.push_back(std::move(collected));
-    }
-  }
-  return all;
-}
+std::vector<Collected> RunRounds(Rig& rig) { return RunTurns(rig, Rounds()); }
 
 // Solo, ample pool, no caching, no tiers.
 const std::vector<Collected>& Expected() {

@@ -2,10 +2,12 @@
 
 // A HostTier that passes everything on to a real one: the base of tiers that observe or misbehave. For tests.
 
+#include <cstddef>
 #include <memory>
 #include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "kernels/check.h"
 #include "kvstore/host_tier.h"
@@ -44,6 +46,18 @@ class WrappedHostTier : public HostTier {
 
  private:
   const std::unique_ptr<HostTier> real_;
+};
+
+// Remembers the slots that running sequences take for blocks at home, in order.
+class RecordingHostTier : public WrappedHostTier {
+ public:
+  using WrappedHostTier::WrappedHostTier;
+  std::optional<HostSlot> TakeHome() override {
+    std::optional<HostSlot> slot = WrappedHostTier::TakeHome();
+    if (slot) homes.push_back(slot->bytes());
+    return slot;
+  }
+  std::vector<std::byte*> homes;  // engine thread
 };
 
 }  // namespace spillway::testing
