@@ -82,6 +82,12 @@ double CostModel::ComputeSeconds(std::int64_t cached, std::int64_t tokens) const
   return StepSeconds(work);
 }
 
+// Layers take turns: all but the first of the shorter part are hidden behind the longer one.
+double CostModel::LoadingStepSeconds(double compute_seconds, std::int64_t loaded) const {
+  const double load = LoadSeconds(loaded);
+  return std::max(load, compute_seconds) + std::min(load, compute_seconds) / costs_.num_layers;
+}
+
 double CostModel::LoadSeconds(std::int64_t tokens) const {
   if (tokens <= 0) return 0;
   const double bytes_per_second = link_bytes_per_second();
@@ -124,7 +130,24 @@ Restoration CostModel::With(const Prefill& prefill, const Backlog& backlog, std:
           .seconds = std::max(link, head) + ComputeSeconds(prefill.resident + prefill.below, prefill.fresh)};
 }
 
-Restoration CostModel::Load(const Prefill& prefill, const Backlog& backlog) const { return With(prefill, backlog, 0); }
+std::int64_t CostModel::HiddenTokens(const Prefill& prefill, const Backlog& backlog) const {
+  if (prefill.hiding == 0 || prefill.below == 0 || backlog.link_seconds > 0) return 0;
+  const double share = ComputeSeconds(prefill.resident + prefill.below, prefill.hiding) / LoadSeconds(prefill.below);
+  if (share >= 1) return prefill.below;
+  const std::int64_t num_blocks = prefill.below / kBlockTokens;
+  return static_cast<std::int64_t>(share * static_cast<double>(num_blocks)) * kBlockTokens;
+}
+
+Restoration CostModel::Load(const Prefill& prefill, const Backlog& backlog) const {
+  const std::int64_t hidden = HiddenTokens(prefill, backlog);
+  if (hidden == 0) return With(prefill, backlog, 0);
+  Restoration load = With({.resident = prefill.resident, .below = prefill.below - hidden}, backlog, 0);
+  load.loaded = prefill.below;
+  const std::int64_t cached = prefill.resident + prefill.below;
+  const double step = ComputeSeconds(cached, prefill.hiding);
+  load.seconds += ComputeSeconds(cached, prefill.fresh) + LoadingStepSeconds(step, hidden) - step;
+  return load;
+}
 
 Restoration CostModel::Recompute(const Prefill& prefill, const Backlog& backlog) const {
   // One prefill over both, not two.

@@ -42,6 +42,9 @@ struct Prefill {
   std::int64_t resident = 0;
   std::int64_t below = 0;
   std::int64_t fresh = 0;
+  // Of the fresh tokens those of the first step, where the last of the loaded ones may come up inside it, layer by
+  // layer (LayerLoader); 0 where all of them come up before.
+  std::int64_t hiding = 0;
 };
 
 // Work that is ahead on each resource.
@@ -70,6 +73,8 @@ class CostModel {
   double StepSeconds(const StepWork& work) const;  // 0 for an empty step
   // A prefill alone, as one step. 0 where tokens is 0.
   double ComputeSeconds(std::int64_t cached, std::int64_t tokens) const;
+  // Of a step that computes for `compute_seconds` while so many tokens come up inside it: a layer waits for its own.
+  double LoadingStepSeconds(double compute_seconds, std::int64_t loaded) const;
 
   // --- Link ---
   double LoadSeconds(std::int64_t tokens) const;
@@ -90,6 +95,9 @@ class CostModel {
   double LinkOverhead(std::int64_t loaded, std::int64_t tokens) const;
 
   // --- Load, recompute or split ---
+  // Of the tokens below, all loaded, the last ones that come up inside the step of the `hiding` fresh ones: what
+  // computing these hides, in whole blocks. None where the link has work ahead.
+  std::int64_t HiddenTokens(const Prefill& prefill, const Backlog& backlog) const;
   Restoration Load(const Prefill& prefill, const Backlog& backlog) const;
   Restoration Recompute(const Prefill& prefill, const Backlog& backlog) const;
   // The best with at least one block on each side; the better of the two above where there are fewer than two blocks.

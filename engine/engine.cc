@@ -206,7 +206,7 @@ absl::Status ThreadedEngine::Start(Device& device) {
   std::unique_ptr<LayerLoader> layer_loader;
   const bool can_load_layers = device.host_kv() == HostKv::kInPlace && options_.max_transfer_bytes_per_second == 0;
   if (max_home_blocks > 0 && can_load_layers && options_.layer_loads != LayerLoads::kNever) {
-    ASSIGN_OR_RETURN(layer_loader, LayerLoader::Make(device, *store_->link()));
+    layer_loader = std::make_unique<LayerLoader>(*store_->link());
   }
   const LayerLoads layer_loads = layer_loader ? options_.layer_loads : LayerLoads::kNever;
   if (max_home_blocks > 0) {

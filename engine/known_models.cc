@@ -23,7 +23,8 @@ KnownModel Grouped(const Shape& shape) {
           .costs = {.flops_per_token = 2 * shape.active_parameters,
                     .attention_flops_per_key = 4 * shape.layers * shape.heads * shape.head_dim,
                     .kv_bytes_per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * kElementBytes,
-                    .weight_bytes = shape.weight_bytes}};
+                    .weight_bytes = shape.weight_bytes,
+                    .num_layers = shape.layers}};
 }
 
 // Multi-head latent attention: one latent and one rotated key per layer is cached; a prefill expands them to keys of
@@ -35,7 +36,8 @@ KnownModel DeepSeekV3() {
           .costs = {.flops_per_token = 2 * 37 * kBillion,
                     .attention_flops_per_key = 2 * kLayers * kHeads * (192 + 128),
                     .kv_bytes_per_token = kLayers * (512 + 64) * kElementBytes,
-                    .weight_bytes = 671 * kBillion}};  // fp8
+                    .weight_bytes = 671 * kBillion,  // fp8
+                    .num_layers = kLayers}};
 }
 
 std::vector<KnownModel> MakeModels() {

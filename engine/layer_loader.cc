@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <utility>
 
 #include "engine/sequence.h"
-#include "kernels/status_macros.h"
 
 namespace spillway {
 namespace {
@@ -13,12 +11,6 @@ namespace {
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
-
-absl::StatusOr<std::unique_ptr<LayerLoader>> LayerLoader::Make(Device& device, PacedLink& link) {
-  std::unique_ptr<LayerLoader> loader(new LayerLoader(link));
-  ASSIGN_OR_RETURN(loader->copies_, device.NewStream());
-  return loader;
-}
 
 void LayerLoader::Begin(std::span<const PlannedSequence> planned, const KvView& kv) {
   layout_ = kv.layout;
@@ -37,16 +29,13 @@ void LayerLoader::Begin(std::span<const PlannedSequence> planned, const KvView& 
 void LayerLoader::Load(Stream& stream, int layer) {
   const std::size_t offset = layout_.strip_offset(layer, 0);
   const std::size_t bytes = layout_.layer_bytes();
-  for (const Move& move : moves_) copies_->Copy(move.to + offset, move.from + offset, bytes);
-  // The link has a layer from when it is queued, so one follows another without a gap.
-  copies_->Notify([this, queued_at = Now(), count = moves_.size(), bytes] {
-    link_.Await(queued_at, count, count * bytes);
-    const double now = Now();
-    const double seconds = now - std::max(last_ended_at_, queued_at);
-    seconds_.store(seconds_.load(std::memory_order_relaxed) + seconds, std::memory_order_relaxed);
-    last_ended_at_ = now;
+  stream.Notify([this] { began_at_ = Now(); });
+  for (const Move& move : moves_) stream.Copy(move.to + offset, move.from + offset, bytes);
+  stream.Notify([this, queued_at = Now(), count = moves_.size(), bytes] {
+    const double copying = Now() - began_at_;
+    const double carrying = link_.Await(queued_at, count, count * bytes);
+    seconds_.store(seconds_.load(std::memory_order_relaxed) + std::max(copying, carrying), std::memory_order_relaxed);
   });
-  stream.Wait(copies_->Record());
 }
 
 }  // namespace spillway

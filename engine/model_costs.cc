@@ -14,7 +14,8 @@ ModelCosts CostsOf(const ModelConfig& config, const KvLayout& layout, double wei
           .kv_bytes_per_token = static_cast<double>(layout.block_bytes()) / kBlockTokens,
           .input_bytes_per_token = layers * hidden * static_cast<double>(SizeOf(layout.dtype)),
           .projection_flops_per_token = 2 * layers * hidden * 2 * kv,
-          .weight_bytes = weight_bytes};
+          .weight_bytes = weight_bytes,
+          .num_layers = layers};
 }
 
 }  // namespace spillway

@@ -17,6 +17,7 @@ struct ModelCosts {
   double input_bytes_per_token = 0;       // of a token's layer inputs, all layers
   double projection_flops_per_token = 0;  // of its keys and values from these
   double weight_bytes = 0;                // read by a step, all experts
+  double num_layers = 1;
 
   // Of `tokens` new tokens behind `cached` ones, each attending to itself and all before it.
   double AttentionFlops(double cached, double tokens) const {

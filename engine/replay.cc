@@ -162,7 +162,12 @@ void Replica::Step(const StepPlan& plan, const std::function<void()>& done) {
   for (const PlannedSequence& planned : plan.sequences) {
     model_.Add(work, planned.sequence->num_computed, planned.sequence->num_planned, planned.samples);
   }
-  const double seconds = model_.StepSeconds(work);
+  double seconds = model_.StepSeconds(work);
+  if (plan.num_arriving > 0) {
+    const std::int64_t arriving = std::int64_t{plan.num_arriving} * kBlockTokens;
+    link_->Occupy(model_.LoadSeconds(arriving));
+    seconds = model_.LoadingStepSeconds(seconds, arriving);
+  }
   result_.compute_seconds += seconds;
   ++result_.num_steps;
   result_.num_preempted += plan.num_preempted;

@@ -140,7 +140,7 @@ class Scheduler {
   void LeaveQueue(Sequence& sequence);
   bool Matches(const Sequence& sequence) const;
   std::span<const BlockKey> MatchableKeys(const Sequence& sequence) const;
-  static Prefill PrefillOf(const Sequence& sequence, std::size_t num_below);
+  Prefill PrefillOf(const Sequence& sequence, std::int64_t resident, std::int64_t below) const;
   Restoration Choose(const Prefill& prefill, const Backlog& backlog) const;
   Backlog CurrentBacklog() const;
   std::size_t NumArriving(const Sequence& sequence, const Restoration& restoration) const;

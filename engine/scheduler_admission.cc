@@ -14,6 +14,11 @@ constexpr std::size_t kMaxLookUps = 512;
 // The least that the link is given to do ahead, in seconds: it must not run dry between two steps.
 constexpr double kLeastLoadWindow = 0.01;
 
+template <typename Count>
+std::int64_t TokensOf(Count num_blocks) {
+  return static_cast<std::int64_t>(num_blocks) * kBlockTokens;
+}
+
 }  // namespace
 
 void Scheduler::Admit(StepPlan& plan, double now) {
@@ -45,7 +50,8 @@ void Scheduler::Examine() {
     const auto missing = MatchPrefix(sequence);
     num_looked_up += 1 + sequence.keys.size();
     if (AwaitClaim(sequence, missing)) continue;
-    const Prefill prefill = PrefillOf(sequence, CountBelow(sequence, missing));
+    const Prefill prefill =
+        PrefillOf(sequence, TokensOf(sequence.num_blocks()), TokensOf(CountBelow(sequence, missing)));
     const bool loads = Choose(prefill, {}).loaded > 0;
     sequence.seen_below = prefill.below;
     sequence.seen_resident = prefill.resident;
@@ -93,9 +99,7 @@ bool Scheduler::TryAdmit(Sequence& sequence, StepPlan& plan, double now) {
 // The link is busy and the step has tokens left: the sequence whose turn comes next begins now, if computing some of
 // what it was to load ends sooner.
 bool Scheduler::RecomputeHeld(Sequence& sequence, StepPlan& plan, double now) {
-  const Prefill prefill{.resident = sequence.seen_resident,
-                        .below = sequence.seen_below,
-                        .fresh = sequence.size() - sequence.seen_resident - sequence.seen_below};
+  const Prefill prefill = PrefillOf(sequence, sequence.seen_resident, sequence.seen_below);
   return Choose(prefill, CurrentBacklog()).recomputed > 0 && TryAdmit(sequence, plan, now);
 }
 
@@ -161,7 +165,7 @@ void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockK
   const std::int32_t num_pinned = std::max(0, sequence.num_home - sequence.num_matched);
   if (!sequence.was_scheduled) sequence.num_cached_below = num_pinned * kBlockTokens;
   sequence.num_computed = sequence.num_published * kBlockTokens;
-  const Prefill prefill = PrefillOf(sequence, CountBelow(sequence, missing));
+  const Prefill prefill = PrefillOf(sequence, TokensOf(sequence.num_blocks()), TokensOf(CountBelow(sequence, missing)));
   if (prefill.below > 0) StartLoading(sequence, missing, Choose(prefill, CurrentBacklog()));
   const std::size_t num_loaded = sequence.restoring.size() + sequence.arriving.size();
   if (sequence.place == Place::kHeld) {
@@ -183,10 +187,16 @@ void Scheduler::Leave(Sequence& sequence, StepPlan& plan, std::span<const BlockK
   }
 }
 
-Prefill Scheduler::PrefillOf(const Sequence& sequence, std::size_t num_below) {
-  const std::int64_t resident = std::int64_t{sequence.num_blocks()} * kBlockTokens;
-  const auto below = static_cast<std::int64_t>(num_below) * kBlockTokens;
-  return {.resident = resident, .below = below, .fresh = sequence.size() - resident - below};
+Prefill Scheduler::PrefillOf(const Sequence& sequence, std::int64_t resident, std::int64_t below) const {
+  const std::int64_t fresh = sequence.size() - resident - below;
+  std::int64_t hiding = 0;
+  if (options_.layer_loads != LayerLoads::kNever && !keeper_.IsLong(sequence)) {
+    hiding = std::min<std::int64_t>(fresh, options_.max_num_batched_tokens);
+    if (options_.long_prefill_token_threshold > 0) {
+      hiding = std::min<std::int64_t>(hiding, options_.long_prefill_token_threshold);
+    }
+  }
+  return {.resident = resident, .below = below, .fresh = fresh, .hiding = hiding};
 }
 
 Restoration Scheduler::Choose(const Prefill& prefill, const Backlog& backlog) const {
@@ -222,17 +232,13 @@ Backlog Scheduler::CurrentBacklog() const {
 
 // How many of the last blocks to load come up inside the step that follows.
 std::size_t Scheduler::NumArriving(const Sequence& sequence, const Restoration& restoration) const {
-  if (options_.layer_loads == LayerLoads::kNever || restoration.recomputed > 0 || keeper_.IsLong(sequence)) return 0;
-  const auto num_loaded = static_cast<std::size_t>(restoration.loaded / kBlockTokens);
-  if (options_.layer_loads == LayerLoads::kAlways) return num_loaded;
-  if (costs_ == nullptr || store_.num_restoring() > 0) return 0;
-  const std::int64_t cached = std::int64_t{sequence.num_blocks()} * kBlockTokens + restoration.loaded;
-  std::int64_t chunk = std::min<std::int64_t>(sequence.size() - cached, options_.max_num_batched_tokens);
-  if (options_.long_prefill_token_threshold > 0) {
-    chunk = std::min<std::int64_t>(chunk, options_.long_prefill_token_threshold);
+  const Prefill prefill = PrefillOf(sequence, TokensOf(sequence.num_blocks()), restoration.loaded);
+  if (prefill.hiding == 0 || restoration.recomputed > 0) return 0;
+  std::int64_t hidden = restoration.loaded;
+  if (options_.layer_loads == LayerLoads::kHidden) {
+    hidden = costs_ == nullptr ? 0 : costs_->HiddenTokens(prefill, CurrentBacklog());
   }
-  const double hidden = costs_->ComputeSeconds(cached, chunk) / costs_->LoadSeconds(restoration.loaded);
-  return hidden >= 1 ? num_loaded : static_cast<std::size_t>(static_cast<double>(num_loaded) * hidden);
+  return static_cast<std::size_t>(hidden / kBlockTokens);
 }
 
 // Pins the host tier's copies of all these blocks, or of none.

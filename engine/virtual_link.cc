@@ -30,6 +30,12 @@ void VirtualLink::AdvanceTo(double now) {
   now_ = now;
 }
 
+void VirtualLink::Occupy(double seconds) {
+  Lane& up = lane(Transfer::Kind::kRestore);
+  up.free_at = std::max(up.free_at, now_) + seconds;
+  busy_[IndexOf(Transfer::Kind::kRestore)] += seconds;
+}
+
 void VirtualLink::AdvanceLane(Lane& lane, double now) {
   while (true) {
     if (lane.moving) {

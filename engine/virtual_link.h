@@ -24,6 +24,8 @@ class VirtualLink : public BlockTransfers {
 
   // The clock; never back. What ends until then is there to be collected.
   void AdvanceTo(double now);
+  // From now on the link brings up what is no Transfer, for so long; what moves at the time arrives behind it.
+  void Occupy(double seconds);
   std::optional<double> NextCompletion() const;  // nullopt: nothing is queued or under way
   // Seconds in which a lane moved blocks up (kRestore) or down (kStore).
   double busy_seconds(Transfer::Kind kind) const { return busy_[IndexOf(kind)]; }

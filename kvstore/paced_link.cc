@@ -6,8 +6,8 @@
 
 namespace spillway {
 
-void PacedLink::Await(double begun, std::size_t num_copies, std::size_t num_bytes) {
-  if (!is_paced()) return;
+double PacedLink::Await(double begun, std::size_t num_copies, std::size_t num_bytes) {
+  if (!is_paced()) return 0;
   const double cost = static_cast<double>(num_copies) * pacing_.latency_seconds +
                       static_cast<double>(num_bytes) / pacing_.bytes_per_second;
   double done_at = 0;
@@ -18,6 +18,7 @@ void PacedLink::Await(double begun, std::size_t num_copies, std::size_t num_byte
   const std::chrono::duration<double> since_epoch(done_at);
   std::this_thread::sleep_until(
       std::chrono::steady_clock::time_point(std::chrono::duration_cast<std::chrono::nanoseconds>(since_epoch)));
+  return cost;
 }
 
 }  // namespace spillway

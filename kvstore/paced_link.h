@@ -19,8 +19,8 @@ class PacedLink {
 
   bool is_paced() const { return pacing_.bytes_per_second > 0; }
   // Blocks until the link has carried `num_copies` copies of together `num_bytes`, which it was given at `begun`
-  // (seconds of the steady clock). Returns at once where it is not paced.
-  void Await(double begun, std::size_t num_copies, std::size_t num_bytes);
+  // (seconds of the steady clock); returns how long it took of the link. At once, and 0, where it is not paced.
+  double Await(double begun, std::size_t num_copies, std::size_t num_bytes);
 
  private:
   const LinkPacing pacing_;

@@ -220,6 +220,49 @@ TEST(CostModelTest, EachOfTheThreeIsBestSomewhere) {
   EXPECT_EQ(Small(1e9).Best(prefill, {.link_seconds = 100}).recomputed, 1600);
 }
 
+// 1 ms of the link for each token, 5 ms of computing for a block's 16; no attention, no floor, 4 layers.
+CostModel Hiding() {
+  return {{.flops_per_token = 1e6, .kv_bytes_per_token = 1e3, .num_layers = 4},
+          {.linear_flops_per_second = 1e6 * 16 / 0.005,
+           .attention_flops_per_second = 1e30,
+           .kv_bytes_per_second = 1e30,
+           .step_floor_seconds = 0},
+          LinkOf(1e6),
+          kCopyBytes};
+}
+
+TEST(CostModelTest, AStepHidesTheTailOfALoadForAsLongAsItComputes) {
+  const CostModel model = Hiding();
+  const Prefill prefill{.resident = 32, .below = 160, .fresh = 128, .hiding = 128};  // 160 ms of link, 40 of computing
+  EXPECT_EQ(model.HiddenTokens(prefill, {}), 32);                                    // 40 ms are two whole blocks
+  EXPECT_NEAR(model.Load(prefill, {}).seconds, 0.128 + 0.040 + 0.032 / 4, 1e-9);
+  EXPECT_EQ(model.Load(prefill, {}).loaded, 160);
+  EXPECT_EQ(model.Load(prefill, {}).recomputed, 0);
+  EXPECT_EQ(model.HiddenTokens({.below = 16, .fresh = 128, .hiding = 128}, {}), 16);
+  // Only the first step hides.
+  const Prefill long_prefill{.below = 160, .fresh = 128, .hiding = 64};
+  EXPECT_EQ(model.HiddenTokens(long_prefill, {}), 16);
+  EXPECT_NEAR(model.Load(long_prefill, {}).seconds, 0.144 + 0.020 + 0.016 / 4 + 0.020, 1e-9);
+}
+
+TEST(CostModelTest, NothingIsHiddenBehindOtherLoadsOrWhereNothingMayBe) {
+  const CostModel model = Hiding();
+  const Prefill prefill{.below = 160, .fresh = 128, .hiding = 128};
+  const Backlog backlog{.link_seconds = 1};
+  EXPECT_EQ(model.HiddenTokens(prefill, backlog), 0);
+  EXPECT_NEAR(model.Load(prefill, backlog).seconds, 1.160 + 0.040, 1e-9);
+  EXPECT_NEAR(model.Load({.below = 160, .fresh = 128}, {}).seconds, 0.160 + 0.040, 1e-9);
+  EXPECT_EQ(CostModel(kSmall, kMachine, LinkSpeed(), kCopyBytes).HiddenTokens(prefill, {}), 0);
+}
+
+// Loading costs 40 ms after all, and recomputing 45.
+TEST(CostModelTest, LoadingIsChosenWhereComputingHidesIt) {
+  const CostModel model = Hiding();
+  const Prefill prefill{.below = 32, .fresh = 128, .hiding = 128};
+  EXPECT_EQ(model.Best(prefill, {}).loaded, 32);
+  EXPECT_EQ(model.Best({.below = 32, .fresh = 128}, {}).loaded, 0);
+}
+
 TEST(CostModelTest, WithoutALinkEverythingIsRecomputed) {
   const CostModel model(kSmall, kMachine, LinkSpeed(), kCopyBytes);
   EXPECT_EQ(model.Best({.resident = 0, .below = 320, .fresh = 1}, {}).recomputed, 320);

@@ -2,14 +2,11 @@
 // are the bits of an engine without tiers, and nothing leaks.
 
 #include <atomic>
-#include <chrono>
 #include <filesystem>
 #include <future>
 #include <memory>
 #include <optional>
-#include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -193,20 +190,6 @@ TEST(LayerLoadFaults, AbortsWhileBlocksComeUpLeaveNothingHeld) {
     for (auto& result : results) EXPECT_TRUE(result.get().error.ok());
   }
   ExpectNothingHeld(rig);
-}
-
-// Attention that does not wait for its layer reads what was in the block before.
-TEST(PlantedFault, ARemovedWaitForALayerIsCaught) {
-  EngineOptions options = Options(LayerLoads::kAlways);
-  options.link_bytes_per_second = 20e6;
-  CpuDeviceOptions device;
-  device.ignored_order = IgnoredOrder::kWait;
-  std::atomic<unsigned> count{0};
-  device.before_item = [&] {
-    if (count.fetch_add(1) % 5 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
-  };
-  Rig rig = Rig::Make(Folder(), options, device, DTypeChoice::kAuto, nullptr, HostOf(400));
-  EXPECT_NE(RunRounds(rig), Expected());
 }
 
 }  // namespace

@@ -171,6 +171,21 @@ TEST(ReplayTest, WhatWasEvictedComesUpFromTheHostTier) {
   EXPECT_NEAR(without.requests[2].first_token, 21.024, kClose);
 }
 
+// Of the prefix's 64 blocks 4 come up before the step and 60 inside it: 96 ms for the 96 tokens behind it.
+TEST(ReplayTest, AStepHidesTheLoadOfAPrefixWhereLayersLoad) {
+  const Trace trace{
+      .name = "",
+      .requests = {Request(0, 1024, 1, {1, 2}), Request(10, 1024, 1, {3, 4}), Request(20, 1120, 1, {1, 2, 5})}};
+  ReplayOptions options = Blocks(72, 256);
+  const double whole = Replayed(trace, options).requests[2].first_token;
+  EXPECT_NEAR(whole, 20 + 64 * 16e-4 + 0.096, kClose);
+  options.scheduling.layer_loads = LayerLoads::kHidden;
+  const ReplayResult hidden = Replayed(trace, options);
+  EXPECT_EQ(hidden.requests[2].cached_below_tokens, 1024);
+  EXPECT_NEAR(hidden.requests[2].first_token, 20 + 4 * 16e-4 + 0.096 + 60 * 16e-4, kClose);  // one layer hides nothing
+  EXPECT_NEAR(hidden.restore_seconds, 64 * 16e-4, kClose);
+}
+
 TEST(ReplayTest, TheSameTraceGivesTheSameResult) {
   Trace trace;
   for (int i = 0; i < 60; ++i) trace.requests.push_back(Request(0.2 * i, 700, 4, {i % 7, 100 + i % 3}));
