@@ -13,7 +13,7 @@
 namespace spillway::papers_bench {
 
 constexpr std::int32_t kStepTokens = 512;
-constexpr std::uint32_t kHostBlocks = 8192;
+constexpr std::uint32_t kHostBlocks = 16384;
 
 // Seeded prompts, no two alike.
 class Prompts {
@@ -46,6 +46,20 @@ inline double TimeToFirstToken(Engine& engine, const std::vector<std::int32_t>& 
   waiter->Await();
   PacedRig::AwaitWriteThrough(engine);
   return waiter->first_token_seconds();
+}
+
+// What a server that has been up for a while has behind it: every block of the device tier was written once, so that
+// its memory is there, and the cost model has followed steps of so many new tokens.
+inline void WarmUp(Engine& engine, std::int64_t device_blocks, Prompts& prompts,
+                   const std::vector<std::int32_t>& sizes) {
+  constexpr std::int32_t kLong = 4096;
+  constexpr int kRounds = 8;
+  for (std::int64_t left = device_blocks * kBlockTokens; left > 0; left -= kLong) {
+    TimeToFirstToken(engine, prompts.Next(kLong));
+  }
+  for (int i = 0; i < kRounds; ++i) {
+    for (const std::int32_t size : sizes) TimeToFirstToken(engine, prompts.Next(size));
+  }
 }
 
 // Links in bytes per second.

@@ -11,7 +11,7 @@ using nlohmann::json;
 
 constexpr std::int32_t kCached[] = {32, 128, 512, 2048};
 constexpr std::int32_t kNew[] = {16, 128};
-constexpr int kRepeats = 5;
+constexpr int kRepeats = 9;
 constexpr std::int64_t kDeviceBlocks = 1024;
 constexpr std::array kChoices = {LoadChoice::kLoad, LoadChoice::kRecompute, LoadChoice::kSplit, LoadChoice::kAuto};
 constexpr std::size_t kFixed = 3;  // the first three
@@ -96,6 +96,7 @@ json MeasureChoices(PacedRig& rig, const std::vector<double>& links) {
     for (std::size_t i = 0; i < engines.size(); ++i) {
       options.load_choice = kChoices[i];
       engines[i] = rig.MakeEngine(options, kDeviceBlocks, nullptr);
+      WarmUp(*engines[i], kDeviceBlocks, prompts, std::vector<std::int32_t>(std::begin(kNew), std::end(kNew)));
     }
     std::vector<Outcome> warm_up(grid.prefixes.size());
     std::vector<Outcome> outcomes(grid.prefixes.size());
