@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds llama.cpp's library from the source that the pinned llama-cpp-python sdist carries, for this processor or with AVX2
-# and nothing newer, and llama_decode, which calls it.
+# Builds llama.cpp's library, llama-bench and llama-server from the source that the pinned llama-cpp-python sdist carries,
+# for this processor or with AVX2 and nothing newer, and llama_decode, which calls the library.
 #
 #   bench/peers/build_llama_cpp.sh [native | avx2]
 set -euo pipefail
@@ -24,8 +24,8 @@ echo "$sha256  $archive" | sha256sum --check --quiet
 [ -d "$source" ] || tar -C build/peers -xf "$archive"
 
 build=build/peers/llama-$isa
-cmake -S "$source" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${flags[@]}" -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TOOLS=OFF \
-  -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF >"$build.configure.log"
-cmake --build "$build" --target llama
+cmake -S "$source" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${flags[@]}" -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF \
+  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF >"$build.configure.log"
+cmake --build "$build" --target llama llama-bench llama-server
 g++ -std=c++20 -O2 -Wall -Wextra bench/peers/llama_decode.cc -I"$source/include" -I"$source/ggml/include" \
   -L"$build/bin" -Wl,-rpath,'$ORIGIN' -lllama -lggml -lggml-base -o "$build/bin/llama_decode"

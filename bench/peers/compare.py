@@ -5,9 +5,10 @@
     compare.py table       [--weights bf16 | q8_0] [--isa native | avx2]
 
 check: the same greedy tokens, and log probabilities that are close. WORKLOAD: prefill-512, prefill-4096, decode-1,
-decode-16, decode-32: model_bench and llama.cpp's library, without a server on either side. A workload starts no further
-round that would end after --seconds. With q8_0, Spillway runs twice: with --quantization int8 and as stored. Results stay
-in build/peers, and table prints what is there.
+decode-16, decode-32: model_bench and llama.cpp's library, without a server on either side, and llama-bench where it has
+the workload; serve-1, serve-16, serve-32: `spillway serve` and llama-server under `spillway bench serve`, output tokens a
+second. A workload starts no further round that would end after --seconds. With q8_0, Spillway runs twice: with
+--quantization int8 and as stored. Results stay in build/peers, and table prints what is there.
 
 Needs `make bench` and build_llama_cpp.sh. Run it on a machine that does nothing else.
 """
@@ -24,7 +25,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from local_server import ROOT, THREADS, run, running  # noqa: E402
+from local_server import ROOT, THREADS, Server, run, running  # noqa: E402
 
 PEERS = ROOT / "build" / "peers"
 MODEL_BENCH = ROOT / "build" / "release" / "model_bench"
@@ -35,7 +36,11 @@ WORKLOADS = {
     "decode-1": (1, 32, 256),
     "decode-16": (16, 32, 256),
     "decode-32": (32, 32, 256),
+    "serve-1": (1, 32, 256),
+    "serve-16": (16, 32, 256),
+    "serve-32": (32, 32, 256),
 }
+ROUNDS_SERVED = 2  # requests of each client
 # The fastest of its peers on 2 Zen 5 cores, another machine: tokens/s of this model.
 ELSEWHERE = {
     "bf16": {"prefill-512": "1,573 (ik_llama.cpp)", "prefill-4096": "908 (ik_llama.cpp)",
@@ -61,8 +66,12 @@ def save(args, key, value):
     results_path(args).write_text(json.dumps(results(args) | {key: value}, indent=1) + "\n")
 
 
+def llama(args, program):
+    return PEERS / f"llama-{args.isa}" / "bin" / program
+
+
 def llama_decode(args):
-    return PEERS / f"llama-{args.isa}" / "bin" / "llama_decode"
+    return llama(args, "llama_decode")
 
 
 def spillway_model():
@@ -91,9 +100,35 @@ def quantizations(args):
     return {"spillway": "none"} | ({"spillway int8": "int8"} if args.weights == "q8_0" else {})
 
 
+def served(server, clients, tokens_in, tokens_out):
+    server.await_ready()
+    server.load(clients, clients, tokens_in, 16)
+    return server.load(clients, ROUNDS_SERVED * clients, tokens_in, tokens_out)["output_throughput"]
+
+
+def servers(args, clients, tokens_in, tokens_out):
+    def ours(quantization):
+        with running(spillway_model(), "--cpu-target", target(args), "--quantization", quantization) as server:
+            return served(server, clients, tokens_in, tokens_out)
+
+    def theirs():
+        context = clients * (tokens_in + tokens_out + 64)
+        server = Server([llama(args, "llama-server"), "--model", gguf(args), "--threads", THREADS, "--parallel", clients,
+                         "--ctx-size", context, "--log-disable"])
+        try:
+            return served(server, clients, tokens_in, tokens_out)
+        finally:
+            server.stop()
+
+    mine = {which: (lambda each=quantization: ours(each)) for which, quantization in quantizations(args).items()}
+    return mine | {"llama.cpp": theirs}
+
+
 def engines(args, name):
     """name: function of no arguments, which measures tokens/s."""
     clients, tokens_in, tokens_out = WORKLOADS[name]
+    if name.startswith("serve"):
+        return servers(args, clients, tokens_in, tokens_out)
 
     def ours(quantization):
         with tempfile.NamedTemporaryFile() as file:
@@ -109,8 +144,14 @@ def engines(args, name):
         text = run(llama_decode(args), "speed", gguf(args), THREADS, clients, tokens_in, tokens_out)
         return json.loads(text.splitlines()[-1])["prefill" if tokens_out == 1 else "decode"]
 
+    def llama_bench():
+        length = ["-p", tokens_in, "-n", 0] if tokens_out == 1 else ["-p", 0, "-n", tokens_out]
+        text = run(llama(args, "llama-bench"), "-m", gguf(args), "-t", THREADS, "-r", 1, "-o", "json", *length)
+        return json.loads(text)[0]["avg_ts"]
+
     mine = {which: (lambda each=quantization: ours(each)) for which, quantization in quantizations(args).items()}
-    return mine | {"llama.cpp": theirs}
+    peers = {"llama.cpp": theirs} | ({"llama-bench": llama_bench} if clients == 1 else {})
+    return mine | peers
 
 
 def measure(args, name):
@@ -178,8 +219,8 @@ def table(args):
         cells = [f"{medians[which]:,.0f}" for which in mine]
         if len(mine) == 2:
             cells.append(f"{medians[mine[1]] / medians[mine[0]]:.2f} x")
-        cells += [f"{medians['llama.cpp']:,.0f}", f"{medians[mine[-1]] / medians['llama.cpp']:.2f} x",
-                  ELSEWHERE[args.weights][name]]
+        peer = max(medians[which] for which in medians if which not in mine)
+        cells += [f"{peer:,.0f}", f"{medians[mine[-1]] / peer:.2f} x", ELSEWHERE[args.weights].get(name, "")]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
