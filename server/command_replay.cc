@@ -39,6 +39,7 @@ ReplayOptions ReplayOptionsOf(const Options& options, const Hardware& hardware, 
   replay.scheduling.max_num_batched_tokens = static_cast<std::int32_t>(options.scheduling.max_num_batched_tokens);
   replay.scheduling.long_prefill_token_threshold =
       static_cast<std::int32_t>(options.scheduling.long_prefill_token_threshold);
+  replay.scheduling.load_choice = LoadChoiceNamed(options.scheduling.load_choice).value();
   replay.scheduling.enable_prefix_caching = options.cache.enable_prefix_caching;
   const auto tokens_in = [&](std::int64_t bytes) { return static_cast<double>(bytes) / costs.kv_bytes_per_token; };
   const CacheChoice& cache = options.cache;
@@ -99,6 +100,7 @@ absl::Status Replay(const Options& options, const Environment& environment) {
                          {"hardware", hardware.label.empty() ? hardware.name : hardware.label},
                          {"replicas", replay.replicas},
                          {"routing", choice.routing},
+                         {"kv_load_choice", options.scheduling.load_choice},
                          {"device_tokens", std::int64_t{replay.device_blocks} * kBlockTokens},
                          {"host_tokens", std::int64_t{replay.host_blocks} * kBlockTokens},
                          {"kappa_crit", model.kappa_crit()},

@@ -295,7 +295,7 @@ std::vector<OptionRow> MakeTable() {
                "within what waits for the link and what waits for compute, so that both stay busy.",
        .vllm = "--scheduling-policy"},
       {.name = "kv-load-choice",
-       .commands = kEngines,
+       .commands = kEngines | kReplay,
        .target = SPILLWAY_AT(scheduling.load_choice),
        .choices = {kLoadChoiceNames.begin(), kLoadChoiceNames.end()},
        .group = "Scheduling",

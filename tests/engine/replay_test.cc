@@ -186,6 +186,30 @@ TEST(ReplayTest, AStepHidesTheLoadOfAPrefixWhereLayersLoad) {
   EXPECT_NEAR(hidden.restore_seconds, 64 * 16e-4, kClose);
 }
 
+// A prefix of 1008 tokens behind a link that takes 2.4 ms a token, where computing one takes 1.
+TEST(ReplayTest, WhatLowerTiersHaveIsLoadedOrRecomputedAsChosen) {
+  const Trace trace{
+      .name = "",
+      .requests = {Request(0, 1024, 1, {1, 2}), Request(10, 1024, 1, {3, 4}), Request(20, 1024, 1, {1, 2})}};
+  LinkSpeed link;
+  link.Measure(1e3 / 2.4e-3, 16e3, 1, 1);
+  const CostModel model(kCosts, Model().compute(), link, 16e3);
+  ReplayOptions options = Blocks(64, 256);
+  const auto third = [&](LoadChoice choice) {
+    options.scheduling.load_choice = choice;
+    const auto result = RunReplay(trace, model, options, nullptr);
+    EXPECT_TRUE(result.ok()) << result.status();
+    return result->requests[2];
+  };
+  EXPECT_EQ(third(LoadChoice::kLoad).cached_below_tokens, 1008);
+  EXPECT_NEAR(third(LoadChoice::kLoad).first_token, 20 + 1008 * 2.4e-3 + 0.016, kClose);
+  EXPECT_EQ(third(LoadChoice::kRecompute).cached_below_tokens, 0);
+  EXPECT_NEAR(third(LoadChoice::kRecompute).first_token, 20 + 1.024, kClose);
+  const ReplayedRequest split = third(LoadChoice::kAuto);
+  EXPECT_EQ(split.cached_below_tokens, 288);  // 0.69 s, while 720 tokens take 0.72
+  EXPECT_NEAR(split.first_token, 20 + 0.720 + 0.016, kClose);
+}
+
 TEST(ReplayTest, TheSameTraceGivesTheSameResult) {
   Trace trace;
   for (int i = 0; i < 60; ++i) trace.requests.push_back(Request(0.2 * i, 700, 4, {i % 7, 100 + i % 3}));
