@@ -27,16 +27,16 @@ BlockRef BlockRef::Share() const {
 }
 
 BlockPool::BlockPool(std::uint32_t num_blocks) : slots_(num_blocks) {
-  free_.reserve(num_blocks);
-  for (std::uint32_t i = num_blocks; i > 0; --i) free_.push_back(i - 1);
+  for (std::uint32_t i = num_blocks; i > 0; --i) PushFree(i - 1);
 }
 
 BlockPool::~BlockPool() { SPILLWAY_CHECK(num_held() == 0) << num_held() << " blocks are still held"; }
 
 std::optional<BlockRef> BlockPool::Take() {
-  if (free_.empty()) return std::nullopt;
-  const std::uint32_t index = free_.back();
-  free_.pop_back();
+  if (first_free_ == kNone) return std::nullopt;
+  const std::uint32_t index = first_free_;
+  first_free_ = std::exchange(slots_[index].warmer, kNone);
+  --num_free_;
   slots_[index].refs = 1;
   return BlockRef(this, BlockId{index});
 }
@@ -62,7 +62,7 @@ void BlockPool::Forget(BlockId id) {
   forgotten.retained = false;
   if (forgotten.refs == 0) {
     UnlinkCold(static_cast<std::uint32_t>(id));
-    free_.push_back(static_cast<std::uint32_t>(id));
+    PushFree(static_cast<std::uint32_t>(id));
   }
 }
 
@@ -78,8 +78,13 @@ void BlockPool::Release(BlockId id) {
   if (released.retained) {
     PushCold(static_cast<std::uint32_t>(id));
   } else {
-    free_.push_back(static_cast<std::uint32_t>(id));
+    PushFree(static_cast<std::uint32_t>(id));
   }
+}
+
+void BlockPool::PushFree(std::uint32_t index) {
+  slots_[index].warmer = std::exchange(first_free_, index);
+  ++num_free_;
 }
 
 void BlockPool::PushCold(std::uint32_t index) {
@@ -107,9 +112,12 @@ void BlockPool::CheckInvariants() const {
     SPILLWAY_CHECK(++cold <= num_cold_) << "cold list is longer than its count " << num_cold_;
   }
   SPILLWAY_CHECK(cold == num_cold_ && previous == newest_);
-  for (const std::uint32_t i : free_) {
+  std::uint32_t free = 0;
+  for (std::uint32_t i = first_free_; i != kNone; i = slots_[i].warmer) {
     SPILLWAY_CHECK(slots_[i].refs == 0 && !slots_[i].retained) << "free block " << i;
+    SPILLWAY_CHECK(++free <= num_free_) << "free list is longer than its count " << num_free_;
   }
+  SPILLWAY_CHECK(free == num_free_);
   std::uint32_t held = 0;
   for (const Slot& each : slots_) held += each.refs > 0 ? 1 : 0;
   SPILLWAY_CHECK(held == num_held()) << held << " blocks have references, " << num_held() << " are counted as held";

@@ -1,13 +1,13 @@
 #pragma once
 
-// BlockPool: the fixed block slots of one device tier. It owns ids and their counts, not the memory.
+// BlockPool: the fixed block slots of one tier. It owns ids and their counts, not the memory.
 //
 // Every block is in exactly one state:
 //   free   nobody holds it and its content means nothing
 //   held   at least one BlockRef
 //   cold   no BlockRef, but its content is retained: findable by the index until it is taken again; in order of release
 //
-// Engine thread only.
+// One thread at a time.
 
 #include <cstdint>
 #include <optional>
@@ -57,13 +57,13 @@ class BlockPool {
   std::optional<BlockId> OldestCold() const;  // least recently released
 
   std::uint32_t num_blocks() const { return static_cast<std::uint32_t>(slots_.size()); }
-  std::uint32_t num_free() const { return static_cast<std::uint32_t>(free_.size()); }
+  std::uint32_t num_free() const { return num_free_; }
   std::uint32_t num_cold() const { return num_cold_; }
   std::uint32_t num_held() const { return num_blocks() - num_free() - num_cold_; }
   std::uint32_t refs(BlockId id) const { return slot(id).refs; }
   bool is_retained(BlockId id) const { return slot(id).retained; }
 
-  std::size_t memory_bytes() const { return slots_.capacity() * sizeof(Slot) + free_.capacity() * sizeof(free_[0]); }
+  std::size_t memory_bytes() const { return slots_.capacity() * sizeof(Slot); }
 
   void CheckInvariants() const;
 
@@ -75,17 +75,19 @@ class BlockPool {
     std::uint32_t refs = 0;
     bool retained = false;
     std::uint32_t colder = kNone;  // neighbours in the cold list, oldest first
-    std::uint32_t warmer = kNone;
+    std::uint32_t warmer = kNone;  // of a free block: the next free one
   };
 
   Slot& slot(BlockId id) { return slots_[static_cast<std::uint32_t>(id)]; }
   const Slot& slot(BlockId id) const { return slots_[static_cast<std::uint32_t>(id)]; }
   void Release(BlockId id);
+  void PushFree(std::uint32_t index);
   void PushCold(std::uint32_t index);
   void UnlinkCold(std::uint32_t index);
 
   std::vector<Slot> slots_;
-  std::vector<std::uint32_t> free_;  // last in, first out
+  std::uint32_t first_free_ = kNone;  // last in, first out
+  std::uint32_t num_free_ = 0;
   std::uint32_t oldest_ = kNone;
   std::uint32_t newest_ = kNone;
   std::uint32_t num_cold_ = 0;

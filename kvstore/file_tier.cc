@@ -421,9 +421,13 @@ void FileTier::Clear() {
 TierStats FileTier::stats() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   TierStats stats = stats_;
-  if (volume_ != nullptr) stats.resident_blocks = volume_->index.num_blocks();
+  if (volume_ != nullptr) {
+    stats.resident_blocks = volume_->index.num_blocks();
+    stats.bookkeeping_bytes = static_cast<std::int64_t>(volume_->index.memory_bytes());
+  }
   const auto block_bytes = static_cast<std::int64_t>(options_.block_bytes);
   stats.resident_bytes = stats.resident_blocks * block_bytes;
+  stats.capacity_blocks = max_slots_;
   stats.capacity_bytes = max_slots_ * block_bytes;
   return stats;
 }

@@ -8,13 +8,13 @@ namespace spillway {
 
 bool FileTierIndex::Contains(const BlockKey& key, std::span<const std::int32_t> tokens) const {
   const auto found = by_key_.find(key);
-  return found != by_key_.end() && std::ranges::equal(found->second->tokens, tokens);
+  return found != by_key_.end() && std::ranges::equal((*found)->tokens, tokens);
 }
 
 std::optional<FileTierIndex::Pin> FileTierIndex::FindAndPin(const BlockKey& key, std::span<const std::int32_t> tokens) {
   const auto found = by_key_.find(key);
-  if (found == by_key_.end() || !std::ranges::equal(found->second->tokens, tokens)) return std::nullopt;
-  const Pin pin = found->second;
+  if (found == by_key_.end() || !std::ranges::equal((*found)->tokens, tokens)) return std::nullopt;
+  const Pin pin = *found;
   ++pin->readers;
   resident_.splice(resident_.end(), resident_, pin);
   return pin;
@@ -24,7 +24,7 @@ void FileTierIndex::Unpin(Pin pin, Verdict verdict) {
   SPILLWAY_CHECK(pin->readers > 0);
   --pin->readers;
   const auto found = by_key_.find(pin->key);
-  const bool is_resident = found != by_key_.end() && found->second == pin;
+  const bool is_resident = found != by_key_.end() && *found == pin;
   if (is_resident && verdict == Verdict::kKeep) return;
   if (is_resident) {
     by_key_.erase(found);
@@ -70,8 +70,15 @@ void FileTierIndex::Add(const BlockKey& key, const BlockTokens& tokens, std::uin
   SPILLWAY_CHECK(num_taken_ > 0 && slot < num_slots_);
   --num_taken_;
   resident_.push_back({.key = key, .tokens = tokens, .payload_checksum = payload_checksum, .slot = slot});
-  const bool is_new = by_key_.emplace(key, std::prev(resident_.end())).second;
+  const bool is_new = by_key_.insert(std::prev(resident_.end())).second;
   SPILLWAY_CHECK(is_new);
+}
+
+std::size_t FileTierIndex::memory_bytes() const {
+  constexpr std::size_t kNodeBytes = sizeof(Block) + 4 * sizeof(void*);  // links and the allocator's own
+  constexpr std::size_t kSetBytes = sizeof(Pin) + 1;
+  return (resident_.size() + leaving_.size()) * kNodeBytes + by_key_.capacity() * kSetBytes +
+         free_.capacity() * sizeof(free_[0]);
 }
 
 void FileTierIndex::CheckInvariants() const {

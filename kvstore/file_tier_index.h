@@ -16,7 +16,8 @@
 #include <span>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/hash/hash.h"
 #include "kvstore/block_key.h"
 #include "kvstore/file_tier_format.h"
 
@@ -50,13 +51,27 @@ class FileTierIndex {
 
   std::uint32_t num_slots() const { return num_slots_; }
   std::uint32_t num_blocks() const { return static_cast<std::uint32_t>(resident_.size()); }
+  std::size_t memory_bytes() const;  // all that the index takes
 
   void CheckInvariants() const;
 
  private:
+  // Pins by the key of their blocks, which is kept there alone.
+  struct HashOfKey {
+    using is_transparent = void;
+    std::size_t operator()(const BlockKey& key) const { return absl::HashOf(key); }
+    std::size_t operator()(Pin pin) const { return absl::HashOf(pin->key); }
+  };
+  struct EqualKeys {
+    using is_transparent = void;
+    static const BlockKey& KeyOf(const BlockKey& key) { return key; }
+    static const BlockKey& KeyOf(Pin pin) { return pin->key; }
+    bool operator()(const auto& left, const auto& right) const { return KeyOf(left) == KeyOf(right); }
+  };
+
   std::list<Block> resident_;  // least recently used first
   std::list<Block> leaving_;
-  absl::flat_hash_map<BlockKey, Pin> by_key_;  // of resident_
+  absl::flat_hash_set<Pin, HashOfKey, EqualKeys> by_key_;  // of resident_
   std::vector<std::uint32_t> free_;
   std::uint32_t num_taken_ = 0;
   std::uint32_t num_slots_ = 0;

@@ -36,7 +36,8 @@ constexpr std::size_t kMaxSightings = 64'000;
 class DramTier : public HostTier {
  public:
   DramTier(Buffer slab, const HostTierOptions& options)
-      : slab_(std::move(slab)), options_(options), pool_(options.num_blocks), checksums_(options.num_blocks) {
+      : slab_(std::move(slab)), options_(options), pool_(options.num_blocks), index_(options.num_blocks) {
+    if (options.verify == KvVerify::kOn) checksums_.resize(options.num_blocks);
     SPILLWAY_CHECK(slab_.size_bytes >= options.block_bytes * options.num_blocks);
   }
 
@@ -70,11 +71,12 @@ class DramTier : public HostTier {
   }
 
   HostSlot Commit(HostSlot slot, const BlockKey& key, std::span<const std::int32_t> tokens) override {
-    const std::uint64_t checksum = options_.verify == KvVerify::kOn ? Checksum(slot.bytes()) : 0;
+    const bool is_checked = options_.verify == KvVerify::kOn;
+    const std::uint64_t checksum = is_checked ? Checksum(slot.bytes()) : 0;
     std::optional<HostSlot> written_through;
     {
       const std::lock_guard lock(mutex_);
-      checksums_[Index(slot.id())] = checksum;
+      if (is_checked) checksums_[Index(slot.id())] = checksum;
       if (index_.Insert(key, tokens, slot.id())) {
         pool_.Retain(slot.id());
         if (options_.lower != nullptr) written_through.emplace(this, pool_.Share(slot.id()), slot.bytes());
@@ -188,7 +190,7 @@ class DramTier : public HostTier {
   mutable std::mutex mutex_;  // guards all below
   BlockPool pool_;
   PrefixIndex index_;
-  std::vector<std::uint64_t> checksums_;
+  std::vector<std::uint64_t> checksums_;  // by slot; empty where they are off
   absl::flat_hash_map<BlockKey, int> sightings_;
   TierStats stats_;
 };

@@ -42,7 +42,7 @@ std::unique_ptr<KvStore> KvStore::Make(Buffer slab, std::unique_ptr<BlockTransfe
 }
 
 KvStore::KvStore(Buffer slab, HostTier& host, const KvStoreOptions& options)
-    : slab_(std::move(slab)), options_(options), host_(host), pool_(options.num_blocks) {}
+    : slab_(std::move(slab)), options_(options), host_(host), pool_(options.num_blocks), index_(options.num_blocks) {}
 
 std::byte* KvStore::BytesOf(BlockId block) const {
   return slab_.get() + static_cast<std::size_t>(block) * options_.layout.block_bytes();

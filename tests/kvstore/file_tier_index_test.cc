@@ -57,6 +57,14 @@ TEST(FileTierIndex, AForgottenSlotIsFreeAfterItsLastReader) {
   index.CheckInvariants();
 }
 
+TEST(FileTierIndex, TakesAHundredthOfSmallBlocks) {
+  constexpr std::size_t kBlocks = 1000;
+  FileTierIndex index;
+  for (std::uint64_t number = 0; number < kBlocks; ++number) AddBlock(index, number);
+  EXPECT_GE(index.memory_bytes(), kBlocks * 96) << "at least key and tokens";
+  EXPECT_LE(index.memory_bytes(), kBlocks * (16U << 10U) / 100);
+}
+
 TEST(FileTierIndex, HoldsItsInvariantsOverRandomOperations) {
   std::mt19937_64 random(7);
   FileTierIndex index;

@@ -42,6 +42,8 @@ TEST_F(FileTierTest, ServesWhatWasPut) {
   EXPECT_EQ(stats.resident_bytes, 100 * 4096);
   EXPECT_GE(stats.capacity_bytes, 200 * 4096);
   EXPECT_LE(stats.capacity_bytes, options_.budget_bytes);
+  EXPECT_EQ(stats.capacity_blocks, stats.capacity_bytes / 4096);
+  EXPECT_GE(stats.bookkeeping_bytes, 100 * 96) << "at least key and tokens";
   EXPECT_EQ(stats.in_flight, 0);
   EXPECT_EQ(stats.declined + stats.evictions + stats.checksum_failures + stats.failures, 0);
 }

@@ -55,10 +55,12 @@ TEST(HostTierMemory, IsPopulatedAsItIsUsed) {
 }
 
 TEST(HostTierMemory, BookkeepingIsCountedAndSmall) {
-  constexpr std::uint32_t kBlocks = 1000;
+  constexpr std::uint32_t kBlocks = 1025;  // one more than a power of two: the worst for a table
+  constexpr std::size_t kSmallBlockBytes = std::size_t{16} << 10;
   const std::unique_ptr<Device> device = *MakeCpuDevice({});
-  const std::unique_ptr<HostTier> host = MakeHostTier(*device->Allocate(MemoryKind::kPinnedHost, kBlocks * kBlockBytes),
-                                                      {.block_bytes = kBlockBytes, .num_blocks = kBlocks});
+  const std::unique_ptr<HostTier> host =
+      MakeHostTier(*device->Allocate(MemoryKind::kPinnedHost, kBlocks * kSmallBlockBytes),
+                   {.block_bytes = kSmallBlockBytes, .num_blocks = kBlocks});
   const std::int64_t empty = host->stats().bookkeeping_bytes;
   PrefixIndex::Tokens tokens{};
   for (std::uint32_t i = 0; i < kBlocks; ++i) {
