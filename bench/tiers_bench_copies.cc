@@ -16,7 +16,8 @@ namespace spillway::tiers_bench {
 namespace {
 
 constexpr double kPacedBytesPerSecond = 500e6;
-constexpr int kRounds = 5;
+constexpr int kRounds = 21;
+constexpr int kPacedRounds = 3;
 
 // A KvStore over a host tier, and the keys of as many blocks as both hold.
 class Places {
@@ -145,7 +146,7 @@ class PlainCopies {
 }  // namespace
 
 nlohmann::json MeasureCopies() {
-  std::printf("whole blocks between the tiers, GB/s (best of %d rounds)\n%-10s %-10s %8s %8s %9s %8s %8s %12s\n",
+  std::printf("whole blocks between the tiers, GB/s (medians of %d rounds)\n%-10s %-10s %8s %8s %9s %8s %8s %12s\n",
               kRounds, "block", "link", "memcpy", "stream", "restore", "store", "share", "bookkeeping");
   nlohmann::json rows = nlohmann::json::array();
   for (const double link : {0.0, kPacedBytesPerSecond}) {
@@ -155,18 +156,23 @@ nlohmann::json MeasureCopies() {
       const auto count = static_cast<std::uint32_t>(total / block_bytes);
       const PlainCopies plain(block_bytes, count);
       Places places(block_bytes, count, link);
-      double memcpy_best = 1e9, streamed_best = 1e9, restore_best = 1e9;
       const double store = places.StoreAll();
-      for (int round = 0; round < (link > 0 ? 2 : kRounds); ++round) {
-        memcpy_best = std::min(memcpy_best, plain.Memcpy());
-        streamed_best = std::min(streamed_best, plain.Streamed());
-        restore_best = std::min(restore_best, places.RestoreAll());
+      std::vector<double> memcpys, streamed, restores, shares;
+      for (int round = 0; round < (link > 0 ? kPacedRounds : kRounds); ++round) {
+        memcpys.push_back(plain.Memcpy());
+        streamed.push_back(plain.Streamed());
+        restores.push_back(places.RestoreAll());
+        const double limit = link > 0 ? static_cast<double>(total) / link : std::min(memcpys.back(), streamed.back());
+        shares.push_back(limit / restores.back());
       }
-      const auto rate = [&](double seconds) { return static_cast<double>(total) / seconds / 1e9; };
-      const double limit = link > 0 ? link / 1e9 : std::max(rate(memcpy_best), rate(streamed_best));
+      const auto rate = [&](double seconds) { return static_cast<double>(total) / seconds; };
+      const double memcpy_rate = rate(Median(memcpys));
+      const double streamed_rate = rate(Median(streamed));
+      const double restore_rate = rate(Median(restores));
+      const double share = Median(shares);
       std::printf("%6zu KiB %-10s %8.2f %8.2f %9.2f %8.2f %6.1f %% %10.2f %%\n", block_kib,
-                  link > 0 ? "500 MB/s" : "unpaced", rate(memcpy_best), rate(streamed_best), rate(restore_best),
-                  rate(store), 100 * rate(restore_best) / limit, 100 * places.BookkeepingShare());
+                  link > 0 ? "500 MB/s" : "unpaced", memcpy_rate / 1e9, streamed_rate / 1e9, restore_rate / 1e9,
+                  rate(store) / 1e9, 100 * share, 100 * places.BookkeepingShare());
       nlohmann::json sizes = nlohmann::json::object();
       const TransferStats stats = places.store().transfer_stats(Transfer::Kind::kRestore);
       for (std::size_t i = 0; i < kNumCopySizes; ++i) {
@@ -178,16 +184,18 @@ nlohmann::json MeasureCopies() {
       }
       rows.push_back({{"block_bytes", block_bytes},
                       {"link_bytes_per_second", link},
-                      {"memcpy_bytes_per_second", 1e9 * rate(memcpy_best)},
-                      {"stream_bytes_per_second", 1e9 * rate(streamed_best)},
-                      {"restore_bytes_per_second", 1e9 * rate(restore_best)},
-                      {"store_bytes_per_second", 1e9 * rate(store)},
-                      {"share_of_limit", rate(restore_best) / limit},
+                      {"memcpy_bytes_per_second", memcpy_rate},
+                      {"stream_bytes_per_second", streamed_rate},
+                      {"restore_bytes_per_second", restore_rate},
+                      {"store_bytes_per_second", rate(store)},
+                      {"share_of_limit", share},
                       {"bookkeeping_share", places.BookkeepingShare()},
                       {"restores_by_copy_size", sizes}});
     }
   }
-  std::printf("share: of the faster plain copy, or of the paced link\n\n");
+  std::printf(
+      "share: of the faster plain copy of the same round, or of the paced link; store: into memory that was never "
+      "touched\n\n");
   return rows;
 }
 

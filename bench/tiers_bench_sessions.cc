@@ -1,156 +1,12 @@
 #include <algorithm>
-#include <condition_variable>
 #include <cstdio>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <utility>
 
 #include "bench/tiers_bench.h"
-#include "engine/engine.h"
-#include "engine/model.h"
+#include "bench/tiers_bench_server.h"
 #include "kernels/check.h"
-#include "kernels/device.h"
-#include "kvstore/host_tier.h"
 
 namespace spillway::tiers_bench {
 namespace {
-
-constexpr std::int32_t kPromptTokens = 1024;
-constexpr std::int32_t kOutputTokens = 8;
-constexpr std::int64_t kFourSessions = 4 * (kPromptTokens / kBlockTokens) + 8;  // blocks
-constexpr double kPacedBytesPerSecond = 500e6;
-
-// Waits for one sequence and notes when its first token came.
-class Waiter : public TokenSink {
- public:
-  void OnScheduled(std::int32_t num_cached) override { cached = num_cached; }
-  void OnToken(const SampledToken& token) override {
-    if (tokens.empty()) first_token_at = Now();
-    tokens.push_back(token.token);
-  }
-  void OnFinish(const Finish&) override { End(); }
-  void OnError(const absl::Status& status) override {
-    SPILLWAY_CHECK(false) << status;
-    End();
-  }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
-  }
-
-  std::vector<std::int32_t> tokens;
-  std::int32_t cached = 0;
-  double first_token_at = 0;
-
- private:
-  void End() {
-    const std::lock_guard lock(mutex_);
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
-};
-
-// Seconds of the steps that prefill nothing.
-class StepTimes : public EngineObserver {
- public:
-  void OnStep(const StepReport& report) override {
-    const std::lock_guard lock(mutex_);
-    if (report.num_prefill_tokens == 0) decode_.push_back(report.seconds);
-  }
-  void OnPrefixQuery(std::int64_t, std::int64_t) override {}
-  void OnFirstToken(double) override {}
-  void OnInterToken(double) override {}
-  void OnSequenceDone(const SequenceReport&) override {}
-
-  std::vector<double> Take() {
-    const std::lock_guard lock(mutex_);
-    return std::exchange(decode_, {});
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<double> decode_;
-};
-
-struct Setup {
-  std::string folder;
-  std::int64_t device_blocks = kFourSessions;
-  std::uint32_t host_blocks = 0;  // 0: no tier
-  double link_bytes_per_second = 0;
-  LayerLoads layer_loads = LayerLoads::kHidden;
-};
-
-class Server {
- public:
-  explicit Server(const Setup& setup) : device_(*MakeCpuDevice({})) {
-    std::unique_ptr<Model> model =
-        *Model::Load(setup.folder, DTypeChoice::kAuto, Quantization::kNone, *device_, nullptr);
-    block_bytes_ = model->kv_layout().block_bytes();
-    host_ = MakeNullHostTier();
-    if (setup.host_blocks > 0) {
-      host_ = MakeHostTier(*device_->Allocate(MemoryKind::kPinnedHost, setup.host_blocks * block_bytes_),
-                           {.block_bytes = block_bytes_, .num_blocks = setup.host_blocks});
-    }
-    EngineOptions options;
-    options.kv_cache_bytes = setup.device_blocks * static_cast<std::int64_t>(block_bytes_);
-    options.max_model_len = 2 * kPromptTokens;
-    options.host_tier = host_.get();
-    options.link_bytes_per_second = setup.link_bytes_per_second;
-    options.layer_loads = setup.layer_loads;
-    engine_ = *Engine::Make(*device_, std::move(model), options, &steps_);
-  }
-
-  struct Answer {
-    double first_token_seconds = 0;
-    std::int32_t cached = 0;
-    std::vector<std::int32_t> tokens;
-  };
-  Answer Ask(std::vector<std::int32_t> prompt, std::int32_t max_tokens = kOutputTokens) {
-    auto waiter = std::make_shared<Waiter>();
-    std::vector<SequenceRequest> one(1);
-    one[0].id = next_id_++;
-    one[0].prompt = std::move(prompt);
-    one[0].sampling.temperature = 0;
-    one[0].sampling.max_tokens = max_tokens;
-    one[0].sampling.ignore_eos = true;
-    one[0].sink = waiter;
-    const double submitted = Now();
-    SPILLWAY_CHECK(engine_->Submit(std::move(one)).ok());
-    waiter->Await();
-    return {waiter->first_token_at - submitted, waiter->cached, waiter->tokens};
-  }
-  // Until everything published so far is in the host tier.
-  void AwaitStores() const {
-    for (std::int64_t stored = -1; stored != engine_->status().stored_blocks;) {
-      stored = engine_->status().stored_blocks;
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
-  }
-  EngineStatus status() const { return engine_->status(); }
-  TierStats tier() const { return host_->stats(); }
-  std::size_t block_bytes() const { return block_bytes_; }
-  std::vector<double> TakeDecodeSteps() { return steps_.Take(); }
-
- private:
-  std::unique_ptr<Device> device_;
-  std::unique_ptr<HostTier> host_;
-  StepTimes steps_;
-  std::size_t block_bytes_ = 0;
-  std::unique_ptr<Engine> engine_;
-  std::uint64_t next_id_ = 1;
-};
-
-std::vector<std::int32_t> PromptOf(int session, int length = kPromptTokens) {
-  std::vector<std::int32_t> prompt(static_cast<std::size_t>(length));
-  for (std::size_t i = 0; i < prompt.size(); ++i) {
-    prompt[i] = static_cast<std::int32_t>((i * 7919 + static_cast<std::size_t>(session) * 104729 + (i >> 3)) % 280);
-  }
-  return prompt;
-}
 
 struct Outcome {
   std::vector<double> first_token_seconds;
@@ -294,41 +150,6 @@ nlohmann::json MeasureReturn(const std::string& folder) {
       "compute: the same turn with its prefix on the device; bound: 1.15 x max(bytes, compute) + one decode step;\n"
       "whole: blocks are loaded before the step of the new tokens; by layer: those it hides come up inside it\n\n");
   return rows;
-}
-
-nlohmann::json MeasureWriteThrough(const std::string& folder) {
-  constexpr int kRounds = 7;
-  constexpr std::int32_t kDecoded = 160;
-  std::printf("seconds of a step, all blocks on the device; write-through off and on, in turns\n");
-  Server off({.folder = folder, .device_blocks = 3000});
-  Server on({.folder = folder, .device_blocks = 3000, .host_blocks = 4096});
-  std::vector<double> decode[2], prefill[2];
-  for (int round = 0; round < kRounds; ++round) {
-    for (const bool is_on : {round % 2 == 0, round % 2 != 0}) {
-      Server& server = is_on ? on : off;
-      server.TakeDecodeSteps();
-      prefill[is_on].push_back(server.Ask(PromptOf(round + 1), kDecoded).first_token_seconds);
-      double sum = 0;
-      const std::vector<double> steps = server.TakeDecodeSteps();
-      for (const double seconds : steps) sum += seconds;
-      decode[is_on].push_back(sum / static_cast<double>(steps.size()));
-    }
-  }
-  SPILLWAY_CHECK(on.status().stored_blocks > kRounds * kPromptTokens / kBlockTokens);
-  const double decode_ratio = Median(decode[1]) / Median(decode[0]);
-  const double prefill_ratio = Median(prefill[1]) / Median(prefill[0]);
-  std::printf("decode  %8.3f ms off %8.3f ms on: %.3fx   (mean of %d steps, median of %d)\n", 1e3 * Median(decode[0]),
-              1e3 * Median(decode[1]), decode_ratio, kDecoded - 1, kRounds);
-  std::printf("prefill %8.2f ms off %8.2f ms on: %.3fx   (%d tokens, median of %d)\n", 1e3 * Median(prefill[0]),
-              1e3 * Median(prefill[1]), prefill_ratio, kPromptTokens, kRounds);
-  std::printf("stored %lld blocks\n\n", static_cast<long long>(on.status().stored_blocks));
-  return {{"decode_seconds_off", Median(decode[0])},
-          {"decode_seconds_on", Median(decode[1])},
-          {"decode_ratio", decode_ratio},
-          {"prefill_seconds_off", Median(prefill[0])},
-          {"prefill_seconds_on", Median(prefill[1])},
-          {"prefill_ratio", prefill_ratio},
-          {"stored_blocks", on.status().stored_blocks}};
 }
 
 }  // namespace spillway::tiers_bench
