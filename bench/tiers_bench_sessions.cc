@@ -119,7 +119,8 @@ nlohmann::json MeasureReturn(const std::string& folder) {
         first.push_back(server.Ask(turn(0, i)).first_token_seconds);
         const EngineStatus after = server.status();
         const auto bytes = static_cast<double>(after.restored_bytes - before.restored_bytes);
-        SPILLWAY_CHECK(bytes >= kPromptTokens / kBlockTokens * static_cast<double>(server.block_bytes()))
+        const std::size_t prompt_blocks = kPromptTokens / kBlockTokens;
+        SPILLWAY_CHECK(bytes >= static_cast<double>(prompt_blocks * server.block_bytes()))
             << "the session was not away: " << bytes << " bytes were restored";
         SPILLWAY_CHECK(after.streamed_bytes == 0);
         moved.push_back(link > 0 ? bytes / link : after.restore_seconds - before.restore_seconds);

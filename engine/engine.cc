@@ -357,6 +357,7 @@ EngineStatus ThreadedEngine::status() const {
   status.stored_bytes = stores.bytes;
   status.store_seconds = stores.seconds;
   status.store_copies = stores.by_copy_size;
+  status.store_batches = stores.by_batch_blocks;
   status.restoring_blocks = num_restoring_.load(std::memory_order_relaxed);
   status.storing_blocks = num_storing_.load(std::memory_order_relaxed);
   status.evicted_blocks = num_evicted_.load(std::memory_order_relaxed);

@@ -115,6 +115,7 @@ struct EngineStatus {
   double store_seconds = 0;
   CopySizes restore_copies{};  // the same, by the size of a copy
   CopySizes store_copies{};
+  BatchSizes store_batches{};
   std::int64_t restoring_blocks = 0;  // on their way up now
   std::int64_t storing_blocks = 0;    // on their way down
   LookupStats lookups;                // of prefixes in lower tiers

@@ -20,4 +20,7 @@ struct CopyStats {
 inline constexpr std::size_t kNumCopySizes = 40;
 using CopySizes = std::array<CopyStats, kNumCopySizes>;
 
+// Batches of copies since start, by their blocks: [i] counts those of more than 2^(i - 1) and up to 2^i.
+using BatchSizes = std::array<std::int64_t, 20>;
+
 }  // namespace spillway

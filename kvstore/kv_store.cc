@@ -197,14 +197,16 @@ std::shared_ptr<HomeBlock> KvStore::TakeCompanion() {
 
 std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span<const std::int32_t> tokens) {
   if (const auto found = restoring_.find(key); found != restoring_.end()) {
-    ++found->second->num_waiters;
-    return Restored{.block = pool_.Share(outstanding_.at(found->second->transfer).block), .restoring = found->second};
+    ++(*found)->num_waiters;
+    return Restored{.block = pool_.Share(outstanding_.at((*found)->transfer).block), .restoring = *found};
   }
   std::optional<BlockRef> block = Take();
   if (!block) return std::nullopt;
   auto restoring = std::make_shared<Restoring>();
+  std::shared_ptr<Restoring> listed = restoring;
   restoring->key = key;
   restoring->num_waiters = 1;
+  restoring_.insert(std::move(listed));
   Transfer transfer{.kind = Transfer::Kind::kRestore,
                     .key = key,
                     .block = block->Share(),
@@ -213,8 +215,8 @@ std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span
                     .status = absl::OkStatus()};
   std::ranges::copy(tokens, transfer.tokens.begin());
   restoring->transfer = transfers_->Queue(std::move(transfer));
-  restoring_.emplace(key, restoring);
-  outstanding_.emplace(restoring->transfer, Outstanding{.block = block->id(), .restoring = restoring, .home = nullptr});
+  outstanding_.emplace(restoring->transfer,
+                       Outstanding{.block = block->id(), .restoring = restoring.get(), .home = nullptr});
   return Restored{.block = *std::move(block), .restoring = std::move(restoring)};
 }
 

@@ -25,6 +25,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
+#include "absl/hash/hash.h"
 #include "absl/status/statusor.h"
 #include "kernels/device.h"
 #include "kernels/kernels.h"
@@ -172,10 +173,23 @@ class KvStore {
   void Evict(BlockId block);
   std::byte* BytesOf(BlockId block) const;
 
+  // Restorings by their keys.
+  struct HashOfKey {
+    using is_transparent = void;
+    std::size_t operator()(const BlockKey& key) const { return absl::HashOf(key); }
+    std::size_t operator()(const std::shared_ptr<Restoring>& restoring) const { return absl::HashOf(restoring->key); }
+  };
+  struct EqualKeys {
+    using is_transparent = void;
+    static const BlockKey& KeyOf(const BlockKey& key) { return key; }
+    static const BlockKey& KeyOf(const std::shared_ptr<Restoring>& restoring) { return restoring->key; }
+    bool operator()(const auto& left, const auto& right) const { return KeyOf(left) == KeyOf(right); }
+  };
+
   struct Outstanding {  // a transfer that is queued or under way
     BlockId block{};
-    std::shared_ptr<Restoring> restoring;  // of a restore
-    std::shared_ptr<HomeBlock> home;       // of a move home
+    Restoring* restoring = nullptr;   // of a restore; owned by restoring_
+    std::shared_ptr<HomeBlock> home;  // of a move home
   };
   struct Unstored {  // a published block that waits for its write-through; it may be evicted meanwhile
     BlockId block{};
@@ -197,7 +211,7 @@ class KvStore {
   std::uint32_t num_storing_ = 0;
   std::int64_t num_evicted_ = 0;
   LookupStats lookups_;
-  absl::flat_hash_map<BlockKey, std::shared_ptr<Restoring>> restoring_;
+  absl::flat_hash_set<std::shared_ptr<Restoring>, HashOfKey, EqualKeys> restoring_;
   absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
   PacedLink* link_ = nullptr;                  // of transfers_
   std::unique_ptr<BlockTransfers> transfers_;  // last: its records release into the pool

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <chrono>
+#include <iterator>
 #include <optional>
 #include <utility>
 
@@ -14,7 +15,47 @@ namespace {
 
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+std::size_t BatchSize(const TransferOptions& options, std::size_t batch_bytes) {
+  return std::max<std::size_t>(1, batch_bytes / options.block_bytes);
+}
+
 }  // namespace
+
+std::size_t TransferEngine::Waiting::size() const {
+  std::size_t size = 0;
+  for (const std::vector<Transfer>& batch : batches_) size += batch.size();
+  return size;
+}
+
+void TransferEngine::Waiting::PushBack(Transfer transfer) {
+  if (empty() || batches_.back().size() == batch_size_) batches_.emplace_back();
+  batches_.back().push_back(std::move(transfer));
+}
+
+void TransferEngine::Waiting::PushFront(Transfer transfer) {
+  if (empty() || batches_.front().size() == batch_size_) batches_.emplace_front();
+  batches_.front().push_back(std::move(transfer));  // within a batch there is no order
+}
+
+std::vector<Transfer> TransferEngine::Waiting::TakeFront() {
+  std::vector<Transfer> taken;
+  if (empty()) return taken;
+  taken = std::move(batches_.front());
+  batches_.pop_front();
+  return taken;
+}
+
+std::optional<Transfer> TransferEngine::Waiting::Remove(std::uint64_t id) {
+  for (auto batch = batches_.begin(); batch != batches_.end(); ++batch) {
+    const auto found = std::ranges::find(*batch, id, &Transfer::id);
+    if (found == batch->end()) continue;
+    std::optional<Transfer> removed = std::move(*found);
+    batch->erase(found);
+    if (batch->empty()) batches_.erase(batch);
+    return removed;
+  }
+  return std::nullopt;
+}
 
 absl::StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Make(Device& device, HostTier& host,
                                                                      const TransferOptions& options,
@@ -26,7 +67,13 @@ absl::StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Make(Device& dev
 }
 
 TransferEngine::TransferEngine(HostTier& host, const TransferOptions& options, std::function<void()> wake)
-    : host_(host), options_(options), wake_(std::move(wake)), link_(options.pacing) {}
+    : host_(host),
+      options_(options),
+      wake_(std::move(wake)),
+      link_(options.pacing),
+      queues_{Waiting(BatchSize(options, options.restore_batch_bytes)),
+              Waiting(BatchSize(options, options.store_batch_bytes)),
+              Waiting(BatchSize(options, options.store_batch_bytes))} {}
 
 TransferEngine::~TransferEngine() {
   {
@@ -40,20 +87,18 @@ TransferEngine::~TransferEngine() {
 std::uint64_t TransferEngine::Queue(Transfer transfer) {
   const std::uint64_t id = transfer.id = next_id_++;
   const std::lock_guard lock(mutex_);
-  queues_[static_cast<std::size_t>(transfer.kind)].push_back(std::move(transfer));
+  Waiting& queue = queues_[static_cast<std::size_t>(transfer.kind)];
+  queue.PushBack(std::move(transfer));
   changed_.notify_one();
   return id;
 }
 
 bool TransferEngine::Cancel(std::uint64_t id) {
-  Transfer cancelled;  // its ends are released outside the lock
+  std::optional<Transfer> cancelled;  // its ends are released outside the lock
   const std::lock_guard lock(mutex_);
-  for (std::deque<Transfer>& queue : queues_) {
-    const auto found = std::ranges::find(queue, id, &Transfer::id);
-    if (found == queue.end()) continue;
-    cancelled = std::move(*found);
-    queue.erase(found);
-    return true;
+  for (Waiting& queue : queues_) {
+    cancelled = queue.Remove(id);
+    if (cancelled) return true;
   }
   return false;
 }
@@ -90,7 +135,7 @@ bool TransferEngine::AwaitWork() {
     return has_queued || (is_stopping_ && num_fetching_ == 0);
   });
   if (is_stopping_) {
-    for (std::deque<Transfer>& queue : queues_) queue.clear();
+    for (Waiting& queue : queues_) queue.Clear();
     return num_fetching_ > 0;
   }
   // What is capped waits here, so that a restore that comes meanwhile goes first.
@@ -113,25 +158,15 @@ void TransferEngine::Fill() {
 TransferEngine::Queues::iterator TransferEngine::FirstQueued() {
   const auto moves_home = queues_.begin() + static_cast<std::ptrdiff_t>(Transfer::Kind::kMoveHome);
   if (!moves_home->empty()) return moves_home;
-  return std::ranges::find_if(queues_, [](const std::deque<Transfer>& queue) { return !queue.empty(); });
+  return std::ranges::find_if(queues_, [](const Waiting& queue) { return !queue.empty(); });
 }
 
-// The next batch's worth, all of one kind.
+// The next batch, all of one kind.
 std::vector<Transfer> TransferEngine::TakeQueued() {
   const std::lock_guard lock(mutex_);
-  std::vector<Transfer> taken;
   const auto first = FirstQueued();
-  if (is_stopping_ || first == queues_.end()) return taken;
-  std::deque<Transfer>& queue = *first;
-  const bool is_restore = queue.front().kind == Transfer::Kind::kRestore;
-  const std::size_t most_bytes = is_restore ? options_.restore_batch_bytes : options_.store_batch_bytes;
-  const std::size_t count = std::min(queue.size(), std::max<std::size_t>(1, most_bytes / options_.block_bytes));
-  taken.reserve(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    taken.push_back(std::move(queue.front()));
-    queue.pop_front();
-  }
-  return taken;
+  if (is_stopping_ || first == queues_.end()) return {};
+  return first->TakeFront();
 }
 
 // False: it has ended already, or is fetched from a lower tier first.
@@ -151,7 +186,7 @@ bool TransferEngine::Prepare(Transfer& transfer) {
     if (transfer.kind != Transfer::Kind::kMoveHome) transfer.status = std::move(injected);
   }
   if (transfer.status.ok()) return true;
-  Complete(std::span(&transfer, 1));
+  Complete(std::move(transfer));
   return false;
 }
 
@@ -191,7 +226,7 @@ void TransferEngine::Fetch(Transfer transfer) {
   if (lower != nullptr) slot = host_.BeginWrite(transfer.key, transfer.tokens, WriteCause::kFetched);
   if (!slot) {
     transfer.status = absl::NotFoundError("the block is in no tier");
-    Complete(std::span(&transfer, 1));
+    Complete(std::move(transfer));
     return;
   }
   {
@@ -202,16 +237,17 @@ void TransferEngine::Fetch(Transfer transfer) {
   auto filling = std::make_shared<HostSlot>(*std::move(slot));
   lower->Get(fetched->key, fetched->tokens, {filling->bytes(), options_.block_bytes},
              [this, fetched, filling](absl::Status status) {
-               if (status.ok()) {
+               const bool is_sound = status.ok();
+               if (is_sound) {
                  fetched->slot = host_.Commit(std::move(*filling), fetched->key, fetched->tokens);
                } else {
                  *filling = HostSlot();
                  fetched->status = std::move(status);
-                 Complete(std::span(fetched.get(), 1));
+                 Complete(std::move(*fetched));
                }
                const std::lock_guard lock(mutex_);
-               if (fetched->slot) {
-                 queues_[static_cast<std::size_t>(Transfer::Kind::kRestore)].push_front(std::move(*fetched));
+               if (is_sound) {
+                 queues_[static_cast<std::size_t>(Transfer::Kind::kRestore)].PushFront(std::move(*fetched));
                }
                --num_fetching_;
                changed_.notify_one();
@@ -220,18 +256,19 @@ void TransferEngine::Fetch(Transfer transfer) {
 
 void TransferEngine::Finish(Batch batch, const absl::Status& status) {
   for (Transfer& transfer : batch.transfers) transfer.status = status;
-  std::span<Transfer> rest(batch.transfers);
   if (link_.is_paced()) {
     for (std::size_t begin = 0; const std::size_t end : batch.copy_ends) {
       link_.Await(batch.begun, 1, (end - begin) * options_.block_bytes);
-      if (end == batch.copy_ends.back()) break;
-      Complete(rest.first(end - begin));
-      rest = rest.subspan(end - begin);
+      if (end == batch.copy_ends.back()) Account(batch, status);
+      const auto first = batch.transfers.begin();
+      Complete(std::vector(std::make_move_iterator(first + static_cast<std::ptrdiff_t>(begin)),
+                           std::make_move_iterator(first + static_cast<std::ptrdiff_t>(end))));
       begin = end;
     }
+    return;
   }
   Account(batch, status);
-  Complete(rest);
+  Complete(std::move(batch.transfers));
 }
 
 void TransferEngine::Account(const Batch& batch, const absl::Status& status) {
@@ -248,6 +285,8 @@ void TransferEngine::Account(const Batch& batch, const absl::Status& status) {
   stats.blocks += blocks;
   stats.bytes += bytes;
   stats.seconds += seconds;
+  const auto batch_size = static_cast<std::size_t>(std::bit_width(batch.transfers.size() - 1));
+  ++stats.by_batch_blocks[std::min(batch_size, stats.by_batch_blocks.size() - 1)];
   CopyStats& of_size = stats.by_copy_size[std::min(size, kNumCopySizes - 1)];
   of_size.copies += copies;
   of_size.blocks += blocks;
@@ -255,7 +294,14 @@ void TransferEngine::Account(const Batch& batch, const absl::Status& status) {
   of_size.seconds += seconds;
 }
 
-void TransferEngine::Complete(std::span<Transfer> transfers) {
+void TransferEngine::Complete(Transfer transfer) {
+  std::vector<Transfer> one;
+  one.push_back(std::move(transfer));
+  Complete(std::move(one));
+}
+
+void TransferEngine::Complete(std::vector<Transfer> transfers) {
+  std::int64_t failures = 0;
   for (Transfer& transfer : transfers) {
     const bool is_move_home = transfer.kind == Transfer::Kind::kMoveHome;
     const bool commits = is_move_home ? transfer.commits : transfer.kind == Transfer::Kind::kStore;
@@ -263,12 +309,15 @@ void TransferEngine::Complete(std::span<Transfer> transfers) {
       transfer.slot = host_.Commit(std::move(transfer.slot), transfer.key, transfer.tokens);
     }
     if (!is_move_home) transfer.slot = HostSlot();
+    if (!transfer.status.ok()) ++failures;
   }
   {
     const std::lock_guard lock(mutex_);
-    for (Transfer& transfer : transfers) {
-      if (!transfer.status.ok()) ++stats_[static_cast<std::size_t>(transfer.kind)].failures;
-      completed_.push_back(std::move(transfer));
+    stats_[static_cast<std::size_t>(transfers.front().kind)].failures += failures;
+    if (completed_.empty()) {
+      completed_ = std::move(transfers);
+    } else {
+      std::ranges::move(transfers, std::back_inserter(completed_));
     }
   }
   wake_();

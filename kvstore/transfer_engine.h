@@ -18,7 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <span>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -60,6 +60,7 @@ struct TransferStats {
   std::int64_t queued = 0;  // now
   double seconds = 0;       // in which at least one was under way
   CopySizes by_copy_size{};
+  BatchSizes by_batch_blocks{};
 };
 
 struct TransferOptions {
@@ -106,7 +107,23 @@ class TransferEngine : public BlockTransfers {
   PacedLink& link() { return link_; }  // for whoever else copies between host and device
 
  private:
-  using Queues = std::array<std::deque<Transfer>, Transfer::kNumKinds>;  // by kind, each in order of arrival
+  // Transfers in order of arrival, in batches that are handed over whole: they come by the thousand.
+  class Waiting {
+   public:
+    explicit Waiting(std::size_t batch_size) : batch_size_(batch_size) {}
+    bool empty() const { return batches_.empty(); }
+    std::size_t size() const;
+    void PushBack(Transfer transfer);
+    void PushFront(Transfer transfer);
+    std::vector<Transfer> TakeFront();  // empty: none waits
+    std::optional<Transfer> Remove(std::uint64_t id);
+    void Clear() { batches_.clear(); }
+
+   private:
+    const std::size_t batch_size_;
+    std::deque<std::vector<Transfer>> batches_;  // of one to batch_size_
+  };
+  using Queues = std::array<Waiting, Transfer::kNumKinds>;  // by kind
 
   TransferEngine(HostTier& host, const TransferOptions& options, std::function<void()> wake);
   // What one event covers. Transfers in the order of their copies; copy i takes those up to copy_ends[i].
@@ -129,7 +146,8 @@ class TransferEngine : public BlockTransfers {
   void Finish(Batch batch, const absl::Status& status);
   void Account(const Batch& batch, const absl::Status& status);
   // Ends transfers whose status is set.
-  void Complete(std::span<Transfer> transfers);
+  void Complete(std::vector<Transfer> transfers);
+  void Complete(Transfer transfer);
 
   HostTier& host_;
   const TransferOptions options_;

@@ -36,6 +36,7 @@ const Buckets kRequestBuckets = {.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10,   15,  
                                  30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
 const Buckets kCopyBuckets = {1e6, 5e6, 10e6, 20e6, 40e6, 60e6, 80e6, 100e6, 150e6, 200e6};
+const Buckets kSlotBuckets = {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144};
 const Buckets kLookupBuckets = [] {
   Buckets bounds;
   for (std::size_t i = 0; i + 1 < LookupStats().by_microseconds.size(); ++i) {
@@ -239,13 +240,28 @@ class EngineMetrics : public EngineObserver {
     const auto share = [&](std::int64_t blocks) {
       return tier.capacity_blocks > 0 ? number(blocks) / number(tier.capacity_blocks) : 0;
     };
-    MakeGauge("vllm:kv_offload_cpu_write_usage_perc", "Share of host slots that stores fill now, 0 to 1.")
+    MakeGauge("vllm:kv_offload_cpu_cache_write_usage_perc", "Share of host slots that stores fill now, 0 to 1.")
         .Set(share(status.storing_blocks));
-    MakeGauge("vllm:kv_offload_cpu_read_usage_perc", "Share of host slots that loads read now, 0 to 1.")
+    MakeGauge("vllm:kv_offload_cpu_cache_read_usage_perc", "Share of host slots that loads read now, 0 to 1.")
         .Set(share(status.restoring_blocks));
     ShowLookups(status.lookups);
     ShowCopies("load", status.restore_copies, loads_shown_);
     ShowCopies("store", status.store_copies, stores_shown_);
+    ShowAllocations(status);
+  }
+  // vLLM counts what it asks for at once; here that is a batch of stores. Every other power of two is a bound.
+  void ShowAllocations(const EngineStatus& now) {
+    std::vector<double> increments(kSlotBuckets.size() + 1);
+    for (std::size_t i = 0; i < now.store_batches.size(); ++i) {
+      increments[std::min((i + 1) / 2, kSlotBuckets.size())] +=
+          static_cast<double>(now.store_batches[i] - batches_shown_[i]);
+    }
+    const auto blocks = static_cast<double>(now.stored_blocks - stored_shown_);
+    batches_shown_ = now.store_batches;
+    stored_shown_ = now.stored_blocks;
+    MakeHistogram("vllm:kv_offload_cpu_allocation_size", "Host slots that one batch of stores has filled.",
+                  kSlotBuckets)
+        .ObserveMultiple(increments, blocks);
   }
   // The index of every tier is in memory, so that no lookup waits: the asynchronous ones of vLLM stay at none.
   void ShowLookups(const LookupStats& now) {
@@ -355,6 +371,8 @@ class EngineMetrics : public EngineObserver {
   const Engine* engine_ = nullptr;
   CopySizes loads_shown_{};
   CopySizes stores_shown_{};
+  BatchSizes batches_shown_{};
+  std::int64_t stored_shown_ = 0;
   LookupStats lookups_shown_;
 };
 
@@ -473,16 +491,20 @@ class PrometheusMetrics : public Metrics {
                    static_cast<double>(below.failures - below.read_failures));
     CountOfTiering("vllm:kv_offload_tiering_promotion_allocation_failures_total",
                    "Blocks that found no host slot on their way up.", tier, static_cast<double>(host.fetches_declined));
-    const auto show = [&](const char* family, const char* help, std::int64_t value) {
-      prometheus::BuildGauge()
-          .Name(family)
-          .Help(help)
-          .Register(registry_)
-          .Add(OfTier(tier))
-          .Set(static_cast<double>(value));
+    const auto show = [&](const char* family, const char* help, double value) {
+      prometheus::BuildGauge().Name(family).Help(help).Register(registry_).Add(OfTier(tier)).Set(value);
     };
-    show("vllm:kv_offload_tiering_active_promotion_jobs", "Reads under way.", below.reads_in_flight);
-    show("vllm:kv_offload_tiering_active_cascade_jobs", "Writes under way.", below.in_flight - below.reads_in_flight);
+    const auto share = [&](double blocks) {
+      return host.capacity_blocks > 0 ? blocks / static_cast<double>(host.capacity_blocks) : 0;
+    };
+    const auto reads_in_flight = static_cast<double>(below.reads_in_flight);
+    const auto writes_in_flight = static_cast<double>(below.in_flight - below.reads_in_flight);
+    show("vllm:kv_offload_tiering_active_promotion_jobs", "Reads under way.", reads_in_flight);
+    show("vllm:kv_offload_tiering_active_cascade_jobs", "Writes under way.", writes_in_flight);
+    show("vllm:kv_offload_tiering_primary_write_usage_perc",
+         "Share of host slots that reads of a tier fill now, 0 to 1.", share(reads_in_flight));
+    show("vllm:kv_offload_tiering_primary_read_usage_perc",
+         "Share of host slots that writes to a tier hold now, 0 to 1.", share(writes_in_flight));
   }
   void CountOfTiering(const std::string& name, const std::string& help, const std::string& tier, double value) {
     Counter& counter = AddCounter(name, help, OfTier(tier));

@@ -63,6 +63,10 @@ def test_kill_9_while_blocks_are_spilled_then_a_restart(tmp_path):
     assert came_back > 0, "nothing of the killed process's was used"
     assert server.metric("spillway_kv_checksum_failures_total", tier="file") == 0
     assert server.metric("vllm:kv_offload_tiering_chunk_hits_total", tier="1:fs") == came_back
+    shown = server.get("/metrics").text
+    for usage in ("read", "write"):
+        assert f"vllm:kv_offload_tiering_primary_{usage}_usage_perc{{" in shown
+    assert server.metric("vllm:kv_offload_cpu_allocation_size_sum") > 0
     server.signal()
     assert server.wait() == 0
     assert set(os.listdir("/dev/shm")) <= shared_memory

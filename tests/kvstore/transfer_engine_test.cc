@@ -151,6 +151,10 @@ TEST_F(TransferEngineTest, CopiesAdjacentBlocksAtOnce) {
   EXPECT_EQ(eights.blocks, 16);
   EXPECT_EQ(eights.bytes, static_cast<std::int64_t>(16 * kBlockBytes));
   EXPECT_GT(eights.seconds, 0);
+  BatchSizes batches{};
+  batches[0] = 1;  // of one block
+  batches[3] = 2;  // of five to eight
+  EXPECT_EQ(stats.by_batch_blocks, batches);
 }
 
 TEST_F(TransferEngineTest, RestoresPassStoresAndABatchOfStoresIsBounded) {
