@@ -6,6 +6,7 @@ import pathlib
 import resource
 
 import httpx2 as httpx
+import pytest
 from conftest import MODEL_NAME, Server
 
 LONG = " ".join(f"Item {i} is kept in box {i * 7919 % 1000}." for i in range(120))
@@ -70,6 +71,36 @@ def test_kill_9_while_blocks_are_spilled_then_a_restart(tmp_path):
     server.signal()
     assert server.wait() == 0
     assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+@pytest.fixture
+def cgroup_of_2_gib():
+    """Makes processes members of it; only some machines and accounts may have one."""
+    version_1 = pathlib.Path("/sys/fs/cgroup/memory")
+    group = (version_1 if version_1.is_dir() else version_1.parent) / f"spillway-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error}")
+    try:
+        limit = group / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")
+        try:
+            limit.write_text(str(2 << 30))
+        except OSError as error:
+            pytest.skip(f"its memory cannot be limited: {error}")
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        group.rmdir()
+
+
+def test_a_cgroup_of_2_gib_sizes_the_host_tier_and_refuses_what_does_not_fit(cgroup_of_2_gib):
+    server = Server(built_in_model=True, preexec=cgroup_of_2_gib)
+    assert 256 << 20 < server.metric("spillway_kv_capacity_bytes", tier="host") < 512 << 20
+    assert complete(server, LONG)[0]
+    server.signal()
+    assert server.wait() == 0
+    with pytest.raises(AssertionError, match="3 GiB do not fit: the cgroup's limit is 2 GiB"):
+        Server("--kv-offloading-size", "3GiB", built_in_model=True, preexec=cgroup_of_2_gib)
 
 
 def test_an_ordinary_account_with_64_kib_of_locked_memory():
