@@ -1,8 +1,9 @@
-// Where the microseconds of a decoding step go: on the engine's thread from its own report, on the device by a stamp
-// behind every kernel.
+// Where the microseconds of a decoding step and of a prompt go: on the engine's thread from its own report, on the
+// device by a stamp behind every kernel.
 //
-//   step_profile FOLDER [--quantization none | int8] [--target auto] [--output 128]
+//   step_profile FOLDER [--quantization none | int8] [--target auto] [--output 128] [--only decode | prefill]
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdint>
@@ -48,6 +49,21 @@ constexpr std::array<const char*, 10> kPartNames = {"embedding, rotary angles",
                                                     "GEMM lm_head",
                                                     "sampling"};
 
+struct PartCost {
+  double seconds = 0;
+  double flops = 0;  // of products
+};
+using PartCosts = std::array<PartCost, kPartNames.size()>;
+
+double FlopsOf(const AttentionArgs& args) {
+  double pairs = 0;
+  for (std::int64_t s = 0; s < args.num_sequences; ++s) {
+    const double num_new = args.query_begin[s + 1] - args.query_begin[s];
+    pairs += num_new * args.first_position[s] + num_new * (num_new + 1) / 2;
+  }
+  return 4 * pairs * args.num_heads * args.kv.layout.head_dim;
+}
+
 // The cpu device's kernels, each followed by a stamp on the stream's thread: a part's seconds are those since the stamp
 // before.
 class StampedKernels : public Kernels {
@@ -56,8 +72,8 @@ class StampedKernels : public Kernels {
 
   void set_config(const ModelConfig& config) { config_ = config; }
   // Engine thread, or while no step is in flight.
-  void Reset() { seconds_ = {}; }
-  double seconds(Part part) const { return seconds_[static_cast<std::size_t>(part)]; }
+  void Reset() { costs_ = {}; }
+  const PartCosts& costs() const { return costs_; }
 
   absl::StatusOr<std::unique_ptr<PackedMatrix>> Pack(std::span<const MatrixView> parts) const override {
     return kernels_.Pack(parts);
@@ -79,7 +95,7 @@ class StampedKernels : public Kernels {
   }
   void Gemm(Stream& stream, const GemmArgs& args) const override {
     kernels_.Gemm(stream, args);
-    Stamp(stream, PartOf(*args.weight, args.output));
+    StampProduct(stream, PartOf(*args.weight, args.output), args.num_rows, *args.weight);
   }
   void RopeAngles(Stream& stream, const RopeAnglesArgs& args) const override {
     kernels_.RopeAngles(stream, args);
@@ -91,7 +107,7 @@ class StampedKernels : public Kernels {
   }
   void Attention(Stream& stream, const AttentionArgs& args) const override {
     kernels_.Attention(stream, args);
-    Stamp(stream, Part::kAttention);
+    stream.Notify([this, args] { Add(Part::kAttention, FlopsOf(args)); });
   }
   void SiluMul(Stream& stream, const SiluMulArgs& args) const override {
     kernels_.SiluMul(stream, args);
@@ -99,7 +115,7 @@ class StampedKernels : public Kernels {
   }
   void GateUp(Stream& stream, const GateUpArgs& args) const override {
     kernels_.GateUp(stream, args);
-    Stamp(stream, Part::kGateUp);
+    StampProduct(stream, Part::kGateUp, args.num_rows, *args.weight);
   }
   void Sample(Stream& stream, const SampleArgs& args) const override {
     kernels_.Sample(stream, args);
@@ -113,17 +129,24 @@ class StampedKernels : public Kernels {
     return weight.rows() == 2 * config_.inner ? Part::kGateUp : Part::kQkv;
   }
   void Stamp(Stream& stream, Part part) const {
-    stream.Notify([this, part] {
-      const double now = Now();
-      seconds_[static_cast<std::size_t>(part)] += now - last_;
-      last_ = now;
-    });
+    stream.Notify([this, part] { Add(part, 0); });
+  }
+  void StampProduct(Stream& stream, Part part, std::int64_t num_rows, const PackedMatrix& weight) const {
+    const double flops = 2.0 * static_cast<double>(num_rows * weight.rows()) * static_cast<double>(weight.cols());
+    stream.Notify([this, part, flops] { Add(part, flops); });
+  }
+  void Add(Part part, double flops) const {
+    const double now = Now();
+    PartCost& cost = costs_[static_cast<std::size_t>(part)];
+    cost.seconds += now - last_;
+    cost.flops += flops;
+    last_ = now;
   }
 
   const Kernels& kernels_;
   ModelConfig config_;
   // Stream's thread while a step is in flight.
-  mutable std::array<double, kPartNames.size()> seconds_{};
+  mutable PartCosts costs_{};
   mutable double last_ = 0;
 };
 
@@ -145,37 +168,49 @@ class StampedDevice : public Device {
   StampedKernels kernels_;
 };
 
+// Sums over steps of one kind.
 struct Profile {
-  int num_steps = 0;
-  double begin = 0;  // of the first full step
-  double end = 0;
+  int num_runs = 0;  // what the sums are divided by: decoding steps, or prompts
+  double seconds = 0;
   StepReport sums;
-  std::array<double, kPartNames.size()> parts{};
+  PartCosts parts{};
 
-  double Microseconds(double seconds) const { return seconds / num_steps * 1e6; }
+  double Microseconds(double sum) const { return sum / num_runs * 1e6; }
 };
 
-// Sums the steps in which all sequences decode.
-class FullSteps : public EngineObserver {
+enum class StepKind : std::uint8_t { kDecode, kPrefill };
+
+// Sums the steps in which all sequences decode, or those that only prefill.
+class ProfiledSteps : public EngineObserver {
  public:
-  explicit FullSteps(StampedKernels& kernels) : kernels_(kernels) {}
-  void Begin(int num_sequences) {
+  explicit ProfiledSteps(StampedKernels& kernels) : kernels_(kernels) {}
+  void Begin(StepKind kind, int num_sequences) {
+    kind_ = kind;
     num_sequences_ = num_sequences;
+    last_end_ = 0;
     profile_ = {};
   }
   const Profile& profile() const { return profile_; }
 
   void OnStep(const StepReport& report) override {
     const double now = Now();
-    if (report.num_tokens == num_sequences_ && report.num_prefill_tokens == 0) {
-      if (profile_.num_steps++ == 0) profile_.begin = now - report.seconds;
-      profile_.end = now;
+    const bool counts = kind_ == StepKind::kDecode
+                            ? report.num_tokens == num_sequences_ && report.num_prefill_tokens == 0
+                            : report.num_tokens > 0 && report.num_prefill_tokens == report.num_tokens;
+    if (counts) {
+      // From the end of the step before, where that counts too.
+      profile_.seconds += kind_ == StepKind::kDecode && last_end_ > 0 ? now - last_end_ : report.seconds;
+      if (kind_ == StepKind::kDecode) ++profile_.num_runs;
       profile_.sums.seconds += report.seconds;
       profile_.sums.plan_seconds += report.plan_seconds;
       profile_.sums.launch_seconds += report.launch_seconds;
       profile_.sums.digest_seconds += report.digest_seconds;
-      for (std::size_t i = 0; i < kPartNames.size(); ++i) profile_.parts[i] += kernels_.seconds(static_cast<Part>(i));
+      for (std::size_t i = 0; i < kPartNames.size(); ++i) {
+        profile_.parts[i].seconds += kernels_.costs()[i].seconds;
+        profile_.parts[i].flops += kernels_.costs()[i].flops;
+      }
     }
+    last_end_ = counts ? now : 0;
     kernels_.Reset();
   }
   void OnPrefixQuery(std::int64_t, std::int64_t) override {}
@@ -185,30 +220,75 @@ class FullSteps : public EngineObserver {
 
  private:
   StampedKernels& kernels_;
+  StepKind kind_ = StepKind::kDecode;
   int num_sequences_ = 0;
+  double last_end_ = 0;
   Profile profile_;
 };
 
 void Print(const char* name, const std::vector<Profile>& profiles, auto seconds) {
   std::printf("| %s |", name);
   for (const Profile& profile : profiles) {
-    std::printf(" %.0f (%.1f %%) |", profile.Microseconds(seconds(profile)),
-                100 * seconds(profile) / (profile.end - profile.begin));
+    std::printf(" %.0f (%.1f %%) |", profile.Microseconds(seconds(profile)), 100 * seconds(profile) / profile.seconds);
+  }
+  std::printf("\n");
+}
+
+void PrintSpeed(const char* name, const std::vector<Profile>& profiles, std::size_t part) {
+  std::printf("| %s, GFLOP/s |", name);
+  for (const Profile& profile : profiles) {
+    std::printf(" %.0f |", profile.parts[part].flops / profile.parts[part].seconds * 1e-9);
   }
   std::printf("\n");
 }
 
 double Kernels(const Profile& profile) {
   double sum = 0;
-  for (const double part : profile.parts) sum += part;
+  for (const PartCost& part : profile.parts) sum += part.seconds;
   return sum;
 }
 
+void Print(const std::vector<Profile>& profiles) {
+  Print("plan", profiles, [](const Profile& p) { return p.sums.plan_seconds; });
+  for (std::size_t i = 0; i < kPartNames.size(); ++i) {
+    Print(kPartNames[i], profiles, [i](const Profile& p) { return p.parts[i].seconds; });
+  }
+  Print("no kernel: metadata, wake-ups", profiles,
+        [](const Profile& p) { return p.sums.seconds - p.sums.plan_seconds - p.sums.digest_seconds - Kernels(p); });
+  Print("digest: counters, tokens to sinks", profiles, [](const Profile& p) { return p.sums.digest_seconds; });
+  Print("between steps: mail, status", profiles, [](const Profile& p) { return p.seconds - p.sums.seconds; });
+  Print("whole", profiles, [](const Profile& p) { return p.seconds; });
+  Print("beside the kernels: metadata, queueing", profiles, [](const Profile& p) { return p.sums.launch_seconds; });
+  for (std::size_t i = 0; i < kPartNames.size(); ++i) {
+    if (profiles.front().parts[i].flops > 0) PrintSpeed(kPartNames[i], profiles, i);
+  }
+}
+
+Profile ProfileDecode(Engine& engine, ProfiledSteps& steps, int num_sequences, std::int32_t output,
+                      std::uint64_t& last_id) {
+  GenerateTogether(engine, num_sequences, 32, 8, last_id);
+  steps.Begin(StepKind::kDecode, num_sequences);
+  GenerateTogether(engine, num_sequences, 32, output, last_id);
+  SPILLWAY_CHECK(steps.profile().num_runs > 0) << num_sequences << " sequences never decoded together";
+  return steps.profile();
+}
+
+Profile ProfilePrefill(Engine& engine, ProfiledSteps& steps, std::int32_t prompt, std::uint64_t& last_id) {
+  const int num_prompts = std::max(4, 16384 / prompt);
+  GenerateTogether(engine, 1, prompt, 1, last_id);
+  steps.Begin(StepKind::kPrefill, 1);
+  for (int run = 0; run < num_prompts; ++run) GenerateTogether(engine, 1, prompt, 1, last_id);
+  Profile profile = steps.profile();
+  profile.num_runs = num_prompts;
+  return profile;
+}
+
 int Main(int argc, char** argv) {
-  SPILLWAY_CHECK(argc % 2 == 0) << "step_profile FOLDER [--quantization none | int8] [--target auto] [--output 128]";
+  SPILLWAY_CHECK(argc % 2 == 0) << "step_profile FOLDER [flags]";
   CpuDeviceOptions options;
   Quantization quantization = Quantization::kNone;
   std::int32_t output = 128;
+  std::string_view only;
   for (int i = 2; i < argc; i += 2) {
     const std::string_view flag = argv[i];
     const std::string_view value = argv[i + 1];
@@ -218,6 +298,8 @@ int Main(int argc, char** argv) {
       options.target = value;
     } else if (flag == "--output") {
       output = std::stoi(std::string(value));
+    } else if (flag == "--only") {
+      only = value;
     } else {
       SPILLWAY_CHECK(flag == "--quantization" && value == "none") << argv[i] << " " << argv[i + 1];
     }
@@ -225,36 +307,32 @@ int Main(int argc, char** argv) {
   StampedDevice device(MakeCpuDevice(options).value());
   std::unique_ptr<Model> model = Model::Load(argv[1], DTypeChoice::kAuto, quantization, device, nullptr).value();
   device.stamped().set_config(model->config());
-  FullSteps steps(device.stamped());
+  ProfiledSteps steps(device.stamped());
   EngineOptions engine_options;
   engine_options.kv_cache_bytes = std::int64_t{1} << 30;
-  engine_options.max_model_len = 1024;
+  engine_options.max_model_len = 8192;
+  engine_options.max_num_batched_tokens = 2048;
   engine_options.enable_prefix_caching = false;
   const std::unique_ptr<Engine> engine = Engine::Make(device, std::move(model), engine_options, &steps).value();
 
-  std::vector<Profile> profiles;
   std::uint64_t last_id = 0;
-  for (const int num_sequences : {1, 16, 32}) {
-    GenerateTogether(*engine, num_sequences, 32, 8, last_id);
-    steps.Begin(num_sequences);
-    GenerateTogether(*engine, num_sequences, 32, output, last_id);
-    SPILLWAY_CHECK(steps.profile().num_steps > 0) << num_sequences << " sequences never decoded together";
-    profiles.push_back(steps.profile());
+  if (only != "prefill") {
+    std::vector<Profile> profiles;
+    for (const int num_sequences : {1, 16, 32}) {
+      profiles.push_back(ProfileDecode(*engine, steps, num_sequences, output, last_id));
+    }
+    std::printf("%s; microseconds of a step (share), means over the steps in which all decode\n",
+                device.description().c_str());
+    std::printf("| | 1 | 16 | 32 |\n|---|---|---|---|\n");
+    Print(profiles);
   }
-
-  std::printf("%s; microseconds of a step (share), means over the steps in which all decode\n",
-              device.description().c_str());
-  std::printf("| | 1 | 16 | 32 |\n|---|---|---|---|\n");
-  Print("plan", profiles, [](const Profile& p) { return p.sums.plan_seconds; });
-  for (std::size_t i = 0; i < kPartNames.size(); ++i) {
-    Print(kPartNames[i], profiles, [i](const Profile& p) { return p.parts[i]; });
+  if (only != "decode") {
+    std::vector<Profile> profiles;
+    for (const std::int32_t prompt : {512, 4096}) profiles.push_back(ProfilePrefill(*engine, steps, prompt, last_id));
+    std::printf("%s; microseconds of a prompt (share)\n", device.description().c_str());
+    std::printf("| | 512 | 4,096 |\n|---|---|---|\n");
+    Print(profiles);
   }
-  Print("no kernel: metadata, wake-ups", profiles,
-        [](const Profile& p) { return p.sums.seconds - p.sums.plan_seconds - p.sums.digest_seconds - Kernels(p); });
-  Print("digest: counters, tokens to sinks", profiles, [](const Profile& p) { return p.sums.digest_seconds; });
-  Print("between steps: mail, status", profiles, [](const Profile& p) { return p.end - p.begin - p.sums.seconds; });
-  Print("whole step", profiles, [](const Profile& p) { return p.end - p.begin; });
-  Print("beside the kernels: metadata, queueing", profiles, [](const Profile& p) { return p.sums.launch_seconds; });
   return 0;
 }
 

@@ -141,8 +141,8 @@ struct AttentionArgs {
   const std::int32_t* block_table = nullptr;     // blocks of each sequence in position order
   std::byte* out = nullptr;                      // [num_tokens, num_heads, head_dim] of out_dtype
   DType out_dtype = DType::kF32;
-  // A row at position p sees the keys of (p - window, p]; 0: all up to p. Values before the window may be multiplied by
-  // 0: they must be finite.
+  // A row at position p sees the keys of (p - window, p]; 0: all up to p. On the cuda device values before the window
+  // may be multiplied by 0: there they must be finite.
   std::int32_t window = 0;
 
   // With a pass other than kWhole: the call reads keys [key_begin[s], key_end[s]) of sequence s only, and block_table

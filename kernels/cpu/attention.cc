@@ -37,6 +37,7 @@ class Plan {
  public:
   Plan(const AttentionArgs& args, std::int64_t rows_per_tile, int num_workers, Scratch& scratch)
       : args_(args),
+        num_workers_(num_workers),
         num_kv_heads_(args.kv.layout.num_kv_heads),
         group_(args.num_heads / num_kv_heads_),
         tokens_per_tile_(std::max<std::int64_t>(1, rows_per_tile / group_)) {
@@ -47,7 +48,7 @@ class Plan {
     // The tiles are laid out twice where states are kept: first to see how much there is to keep.
     tiles_ = reinterpret_cast<PlannedTile*>(scratch.Get(static_cast<std::size_t>(tile_bytes)));
     Fill();
-    Cut(num_workers);
+    Cut();
     if (num_counters_ == 0) return;
     const std::int64_t counter_bytes = RoundUp(num_counters_ * static_cast<std::int64_t>(sizeof(*counters_)), 64);
     std::byte* const memory = scratch.Get(static_cast<std::size_t>(tile_bytes + counter_bytes + num_states_ * 4));
@@ -55,7 +56,7 @@ class Plan {
     counters_ = reinterpret_cast<std::atomic<std::int32_t>*>(memory + tile_bytes);
     states_ = reinterpret_cast<float*>(memory + tile_bytes + counter_bytes);
     Fill();
-    Cut(num_workers);
+    Cut();
     for (std::int64_t t = 0; t < num_tiles_; ++t) {
       if (tiles_[t].num_items() == 1) continue;
       for (int h = 0; h < num_kv_heads_; ++h) {
@@ -68,32 +69,49 @@ class Plan {
   std::int64_t num_items() const { return num_items_ * num_kv_heads_; }
 
   void Run(const AttentionBodies& bodies, std::int64_t item, Scratch& scratch) const {
-    // The last tiles of a sequence see most keys: they go first.
-    const std::int64_t index = num_items_ - 1 - item / num_kv_heads_;
-    const auto kv_head = static_cast<int>(item % num_kv_heads_);
-    const PlannedTile& planned =
-        *(std::upper_bound(tiles_, tiles_ + num_tiles_, index,
-                           [](std::int64_t i, const PlannedTile& tile) { return i < tile.item_begin; }) -
-          1);
-    AttentionTile whole = planned.tile;
-    whole.kv_head = kv_head;
-    if (planned.num_items() == 1) {
-      bodies.attend(args_, whole, scratch);
-      return;
-    }
-    const std::int64_t segment_floats = planned.num_rows * StateStride(args_.kv.layout.head_dim);
-    whole.segment_states = states_ + planned.states_begin + kv_head * planned.num_segments * segment_floats;
-    AttentionTile part = whole;
-    const std::int64_t segment = (index - planned.item_begin) * planned.segments_per_item;
-    part.key_begin += segment * kSegmentTokens;
-    part.key_end = std::min(whole.key_end, part.key_begin + planned.segments_per_item * kSegmentTokens);
-    part.segment_states += segment * segment_floats;
+    const PlannedTile& planned = PlannedOf(item);
+    AttentionTile part = TileOf(item);
+    // Workers take items in turns, more or less.
+    const std::int64_t next_item = item + num_workers_;
+    const AttentionTile next = next_item < num_items() ? TileOf(next_item) : AttentionTile();
+    if (next_item < num_items()) part.next = &next;
+    part.is_announced = item >= num_workers_;
     bodies.attend(args_, part, scratch);
-    const bool is_last = counters_[planned.counter_begin + kv_head].fetch_sub(1, std::memory_order_acq_rel) == 1;
-    if (is_last) bodies.merge(args_, whole, scratch);
+    if (part.segment_states == nullptr) return;
+    const bool is_last = counters_[planned.counter_begin + part.kv_head].fetch_sub(1, std::memory_order_acq_rel) == 1;
+    if (!is_last) return;
+    AttentionTile whole = planned.tile;
+    whole.kv_head = part.kv_head;
+    whole.segment_states = StatesOf(planned, part.kv_head);
+    bodies.merge(args_, whole, scratch);
   }
 
  private:
+  // The last tiles of a sequence see most keys: they go first.
+  std::int64_t IndexOf(std::int64_t item) const { return num_items_ - 1 - item / num_kv_heads_; }
+  const PlannedTile& PlannedOf(std::int64_t item) const {
+    return *(std::upper_bound(tiles_, tiles_ + num_tiles_, IndexOf(item),
+                              [](std::int64_t i, const PlannedTile& tile) { return i < tile.item_begin; }) -
+             1);
+  }
+  float* StatesOf(const PlannedTile& planned, int kv_head) const {
+    return states_ + planned.states_begin + kv_head * planned.num_segments * SegmentFloats(planned);
+  }
+  std::int64_t SegmentFloats(const PlannedTile& planned) const {
+    return planned.num_rows * StateStride(args_.kv.layout.head_dim);
+  }
+  AttentionTile TileOf(std::int64_t item) const {
+    const PlannedTile& planned = PlannedOf(item);
+    AttentionTile tile = planned.tile;
+    tile.kv_head = static_cast<int>(item % num_kv_heads_);
+    if (planned.num_items() == 1) return tile;
+    const std::int64_t segment = (IndexOf(item) - planned.item_begin) * planned.segments_per_item;
+    tile.key_begin += segment * kSegmentTokens;
+    tile.key_end = std::min(tile.key_end, tile.key_begin + planned.segments_per_item * kSegmentTokens);
+    tile.segment_states = StatesOf(planned, tile.kv_head) + segment * SegmentFloats(planned);
+    return tile;
+  }
+
   void Fill() {
     PlannedTile* at = tiles_;
     for (std::int64_t s = 0; s < args_.num_sequences; ++s) {
@@ -120,15 +138,15 @@ class Plan {
 
   static std::int64_t CostOfSegment(const PlannedTile& planned) { return planned.num_rows + kRowsOfPacking; }
 
-  void Cut(int num_workers) {
+  void Cut() {
     std::int64_t cost = 0;
     for (std::int64_t t = 0; t < num_tiles_; ++t) cost += tiles_[t].num_segments * CostOfSegment(tiles_[t]);
-    const std::int64_t cost_of_item = cost * num_kv_heads_ / (kItemsPerWorker * num_workers);
+    const std::int64_t cost_of_item = cost * num_kv_heads_ / (kItemsPerWorker * num_workers_);
     num_items_ = num_counters_ = num_states_ = 0;
     for (std::int64_t t = 0; t < num_tiles_; ++t) {
       PlannedTile& planned = tiles_[t];
       planned.segments_per_item = std::max<std::int64_t>(1, planned.num_segments);
-      if (num_workers > 1 && planned.num_rows <= kMaxRowsOfCutTile) {
+      if (num_workers_ > 1 && planned.num_rows <= kMaxRowsOfCutTile) {
         planned.segments_per_item = std::clamp(cost_of_item / CostOfSegment(planned), kMinSegmentsPerItem,
                                                std::max(kMinSegmentsPerItem, planned.num_segments));
       }
@@ -143,6 +161,7 @@ class Plan {
   }
 
   const AttentionArgs& args_;
+  const int num_workers_;
   const int num_kv_heads_;
   const std::int64_t group_;
   const std::int64_t tokens_per_tile_;

@@ -402,23 +402,28 @@ class TileRun {
     last_block_ = std::min((at + kSegmentTokens) / kBlockTokens, (rows_.tile().key_end - 1) / kBlockTokens);
     const std::int64_t num_tokens = std::min<std::int64_t>(kBlockTokens, end - at);
     WidenValues(StripOf(at / kBlockTokens), static_cast<std::size_t>(num_tokens), dim_, padded_dim_, memory_.values);
-    // Tokens of this strip that row r sees; none of the others is touched, since 0 times infinity is not 0.
+    // Row r sees tokens [unseen(r), seen(r)) of this strip; none of the others is touched, since 0 times infinity is
+    // not 0.
     const auto seen = [&](std::int64_t r) { return std::min(rows_.NumKeys(r, begin, end) - (at - begin), num_tokens); };
+    const auto unseen = [&](std::int64_t r) { return rows_.NumBeforeWindow(r, at); };
+    const auto add = [&]<int kRows>(std::int64_t r, std::int64_t from, std::int64_t to) {
+      AddValuesToRows<kRows>(memory_.scores + r * kSegmentTokens + (at - begin), memory_.values, from, to, padded_dim_,
+                             memory_.segment + r * padded_dim_, LineTaker());
+    };
     std::int64_t r = rows_.FirstRowOf(at);
     for (; r + kRowsPerValue <= rows_.size(); r += kRowsPerValue) {
-      const float* const weights = memory_.scores + r * kSegmentTokens + (at - begin);
-      float* const out = memory_.segment + r * padded_dim_;
-      const std::int64_t common = seen(r);
-      AddValuesToRows<kRowsPerValue>(weights, memory_.values, 0, common, padded_dim_, out, LineTaker());
-      for (std::int64_t i = 1; i < kRowsPerValue; ++i) {
-        AddValuesToRows<1>(weights + i * kSegmentTokens, memory_.values, common, seen(r + i), padded_dim_,
-                           out + i * padded_dim_, LineTaker());
+      // Later rows see later tokens.
+      const std::int64_t common_begin = std::min(unseen(r + kRowsPerValue - 1), num_tokens);
+      const std::int64_t common_end = std::max(seen(r), common_begin);
+      for (std::int64_t i = 0; i + 1 < kRowsPerValue; ++i) {
+        add.template operator()<1>(r + i, unseen(r + i), std::min(seen(r + i), common_begin));
+      }
+      add.template operator()<kRowsPerValue>(r, common_begin, std::min(seen(r), num_tokens));
+      for (std::int64_t i = 0; i < kRowsPerValue; ++i) {
+        add.template operator()<1>(r + i, std::max(common_end, unseen(r + i)), seen(r + i));
       }
     }
-    for (; r < rows_.size(); ++r) {
-      AddValuesToRows<1>(memory_.scores + r * kSegmentTokens + (at - begin), memory_.values, 0, seen(r), padded_dim_,
-                         memory_.segment + r * padded_dim_, LineTaker());
-    }
+    for (; r < rows_.size(); ++r) add.template operator()<1>(r, unseen(r), seen(r));
   }
 
   const TileRows rows_;

@@ -24,6 +24,9 @@ struct AttentionTile {
   // Null: this item reads all keys of its rows and finishes them. Else it keeps the state of each of its segments here:
   // [segment][row][StateStride()].
   float* segment_states = nullptr;
+  // What the same worker most likely attends next; may be null. And whether some tile named this one so.
+  const AttentionTile* next = nullptr;
+  bool is_announced = false;
 };
 
 // Floats of a kept state: out, padded to whole vectors, max, sum, padding.
@@ -63,6 +66,10 @@ class TileRows {
   // Of the keys from `begin` on, how many lie before the row's window.
   std::int64_t NumBeforeWindow(std::int64_t row, std::int64_t begin) const {
     return args_.window > 0 ? std::max<std::int64_t>(PositionOf(row) + 1 - args_.window - begin, 0) : 0;
+  }
+  // Whether every row sees keys [begin, end).
+  bool AllSee(std::int64_t begin, std::int64_t end) const {
+    return end <= PositionOf(0) + 1 && NumBeforeWindow(size_ - 1, begin) == 0;
   }
   // Element offset of a row in q and out.
   std::int64_t OffsetOf(std::int64_t row) const {

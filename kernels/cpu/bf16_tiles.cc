@@ -45,7 +45,7 @@ SPILLWAY_AVX512_BF16 inline void MultiplyBlock(const TileProduct& p, std::int64_
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         std::int32_t left;
-        std::memcpy(&left, a + r * p.a_stride + t * kTileDepth + 2 * pair, sizeof(left));
+        std::memcpy(&left, a + r * p.a_stride + t * p.a_depth_stride + 2 * pair, sizeof(left));
         const auto lefts = reinterpret_cast<__m512bh>(_mm512_set1_epi32(left));
 #pragma GCC unroll 4
         for (int c = 0; c < kColumns; ++c) {
@@ -125,7 +125,7 @@ SPILLWAY_AMX inline void MultiplyTiles(const TileProduct& p, std::int64_t row, s
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (kTwoRowTiles && kTwoColumns) _tile_dpbf16ps(3, 5, 7);
-    a += kTileDepth;
+    a += p.a_depth_stride;
     b += p.b_depth_stride;
   }
   _tile_stored(0, c, c_bytes);

@@ -16,11 +16,12 @@ inline constexpr std::size_t kTileBytes = 1024;
 // What rows of `a` and `c` must be padded to: readable and writable, contents undefined.
 inline constexpr std::int64_t kTileRows = 16;
 
-// c[r][16 j + i] = (add ? c[r][16 j + i] : 0) + sum over k of a[r][k] * b(tile k / 32, j)[k][i]
+// c[r][16 j + i] = (add ? c[r][16 j + i] : 0) + sum over k of a(tile k / 32)[r][k] * b(tile k / 32, j)[k][i]
 // So a sum over many k has the same bits in one call and in several.
 struct TileProduct {
   const std::uint16_t* a = nullptr;
-  std::int64_t a_stride = 0;  // elements between rows
+  std::int64_t a_stride = 0;                 // elements between rows
+  std::int64_t a_depth_stride = kTileDepth;  // ... and between tiles of neighbouring depth
   std::int64_t num_rows = 0;
   const std::byte* b = nullptr;
   std::size_t b_column_stride = 0;  // bytes between tiles of neighbouring columns

@@ -129,6 +129,52 @@ TEST_P(AttentionTest, WhatATokenDoesNotSeeDoesNotReachIt) {
   }
 }
 
+// Values that are not finite reach the rows that see them, and none whose window begins behind them.
+TEST_P(AttentionTest, WhatLiesBeforeAWindowDoesNotReachARow) {
+  Random random(12);
+  constexpr std::size_t kTokens = 300;
+  constexpr std::size_t kBad = 200;
+  constexpr std::int32_t kWindow = 40;
+  for (const Heads heads : {Heads{1, 2, 16}, {2, 3, 40}, {1, 4, 64}}) {
+    const std::size_t token_size = static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim);
+    const std::vector<float> rows = random.Normals(RowsSize(Pool(heads, dtype(), 1, 1, 1), kTokens));
+    std::vector<float> bad_rows = rows;
+    for (const std::size_t bad : {std::size_t{3}, kBad}) {
+      std::fill(bad_rows.begin() + static_cast<std::ptrdiff_t>(rows.size() / kTokens * bad),
+                bad_rows.begin() + static_cast<std::ptrdiff_t>(rows.size() / kTokens * (bad + 1)),
+                bad == kBad ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN());
+    }
+    const std::vector<float> q = random.Normals(kTokens * token_size);
+    // Many tokens, a decoded one right behind the window of a bad one, and one that sees it.
+    for (const auto& [first, last] : {std::pair<std::size_t, std::size_t>{190, 300}, {240, 241}, {239, 240}}) {
+      const auto attend = [&](const std::vector<float>& kv_rows) {
+        Pool pool(heads, dtype(), 1, 40, 8);
+        Part part;
+        part.blocks =
+            pool.Add({kv_rows.begin(), kv_rows.begin() + static_cast<std::ptrdiff_t>(RowsSize(pool, last))}, 0);
+        part.first_position = static_cast<std::int32_t>(first);
+        part.q.assign(q.begin() + static_cast<std::ptrdiff_t>(first * token_size),
+                      q.begin() + static_cast<std::ptrdiff_t>(last * token_size));
+        Rig rig(target());
+        AttentionCall call(pool, heads.group, 0, dtype(), {part});
+        call.args.window = kWindow;
+        return call.Run(rig);
+      };
+      const std::vector<float> expected = attend(rows);
+      const std::vector<float> actual = attend(bad_rows);
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        const std::size_t token = first + i / token_size;
+        ASSERT_TRUE(std::isfinite(expected[i]));
+        if (token < kBad || token >= kBad + kWindow) {
+          ASSERT_EQ(actual[i], expected[i]) << "token " << token << " from " << first;
+        } else {
+          ASSERT_FALSE(std::isfinite(actual[i])) << "token " << token << " from " << first;
+        }
+      }
+    }
+  }
+}
+
 // Few rows over many keys are cut into items, by the number of workers.
 TEST_P(AttentionTest, WorkersDoNotChangeBits) {
   if (target() == "reference" || kEffort == 1) GTEST_SKIP() << "slow";
