@@ -57,16 +57,30 @@ class ThreadedEngine : public Engine {
   std::uint32_t MaxHomeBlocks(std::uint32_t host_share, std::uint32_t num_blocks);
   void Loop();
   bool HandleMail();  // false: stop
+  // A step that is queued or running.
+  struct Step {
+    StepPlan plan;
+    StepWork work{};
+    StepRunner::Launched launched{};
+    double begin = 0;
+    double planned = 0;
+    double queued = 0;
+  };
   bool RunStep();     // false: the engine has failed
+  bool LaunchNext();  // likewise; what there is to do may have to wait for
+  void LaunchAhead();
+  void Launch(Step& step);
+  bool AwaitStep();  // likewise
   bool AwaitHomeSlot(double now);
-  void Digest(const StepPlan& plan);
+  std::int32_t Digest(Step& step);
   void End(Sequence& sequence, const Finish& finish);
   void Report(const Sequence& sequence, FinishReason reason, bool failed);
   void Fail(const absl::Status& status);
   void PublishStatus();
   absl::Status Calibrate(Device& device);
   StepWork WorkOf(const StepPlan& plan) const;
-  void ReportStep(const StepPlan& plan, const StepWork& work, double seconds);
+  void TrainCosts(const Step& step, double seconds);
+  void ResetCaches();
   bool keeps_inputs() const { return options_.activation_recompute != kRecomputeOff; }
   InputLayout inputs() const { return InputLayoutOf(model_->config(), model_->kv_layout()); }
   bool must_stage() const { return options_.link_bytes_per_second > 0 || options_.stages_always; }
@@ -88,8 +102,13 @@ class ThreadedEngine : public Engine {
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<StepRunner> runner_;
   std::optional<CostModel> cost_model_;
-  TransferStats restores_;              // that cost_model_ has been told of
-  HomeReader::Times home_times_;        // likewise
+  TransferStats restores_;        // that cost_model_ has been told of
+  HomeReader::Times home_times_;  // likewise
+  std::optional<Step> running_;
+  std::optional<Step> ahead_;           // queued behind running_
+  std::shared_ptr<Event> last_end_;     // of the step before; null where the engine has slept since
+  double last_digested_ = 0;            // when that was digested
+  bool resets_prefix_cache_ = false;    // once no step runs
   double home_slot_awaited_since_ = 0;  // 0: it is not
 
   // Any thread.
@@ -391,15 +410,16 @@ EngineStatus ThreadedEngine::status() const {
 
 void ThreadedEngine::Loop() {
   while (true) {
-    if (!scheduler_->has_work()) {
+    if (!scheduler_->has_work() && !running_) {
       scheduler_->CheckInvariants();
       is_busy_.store(false);
+      last_end_ = nullptr;
       mailbox_.Await();
       Beat();
       is_busy_.store(true);
     }
     if (!HandleMail()) break;
-    if (scheduler_->has_work() && !RunStep()) return;
+    if ((scheduler_->has_work() || running_) && !RunStep()) return;
     PublishStatus();
     Beat();
   }
@@ -427,12 +447,16 @@ bool ThreadedEngine::HandleMail() {
     if (Sequence* const sequence = scheduler_->Find(id)) End(*sequence, {.reason = FinishReason::kAborted});
   }
   if (mail.has_transfers) CollectTransfers();
-  if (mail.reset_prefix_cache) {
-    store_->EvictCold();
-    store_->host().Clear();
-    if (store_->host().lower() != nullptr) store_->host().lower()->Clear();
-  }
+  resets_prefix_cache_ |= mail.reset_prefix_cache;
+  if (!running_) ResetCaches();  // else blocks of sequences that have ended may still be held
   return !mail.stop;
+}
+
+void ThreadedEngine::ResetCaches() {
+  if (!std::exchange(resets_prefix_cache_, false)) return;
+  store_->EvictCold();
+  store_->host().Clear();
+  if (store_->host().lower() != nullptr) store_->host().lower()->Clear();
 }
 
 void ThreadedEngine::CollectTransfers() {
@@ -452,13 +476,14 @@ void ThreadedEngine::CollectTransfers() {
 StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
   StepWork work;
   for (const PlannedSequence& planned : plan.sequences) {
-    cost_model_->Add(work, planned.sequence->num_computed, planned.sequence->num_planned, planned.samples);
+    cost_model_->Add(work, planned.begin(), planned.count(), planned.samples);
   }
   return work;
 }
 
 // Of a streamed step that was timed, only what is not waiting for the link or projecting is the work's.
-void ThreadedEngine::ReportStep(const StepPlan& plan, const StepWork& work, double seconds) {
+void ThreadedEngine::TrainCosts(const Step& step, double seconds) {
+  const StepPlan& plan = step.plan;
   if (plan.num_streamed > 0 && keeps_inputs()) {
     const HomeReader::Times now = runner_->home_times();
     const HomeReader::Times known = std::exchange(home_times_, now);
@@ -468,18 +493,53 @@ void ThreadedEngine::ReportStep(const StepPlan& plan, const StepWork& work, doub
     cost_model_->OnProjection(now.projected_flops - known.projected_flops, projecting);
     seconds -= projecting + now.waiting_seconds - known.waiting_seconds;
   }
-  if (plan.num_arriving == 0) cost_model_->OnStep(work, seconds);  // else it may have waited for the link
+  if (plan.num_arriving == 0) cost_model_->OnStep(step.work, seconds);  // else it may have waited for the link
 }
 
 bool ThreadedEngine::RunStep() {
+  if (!running_) {
+    if (!LaunchNext()) return false;
+    if (!running_) return true;
+  }
+  if (options_.overlap_steps) LaunchAhead();
+  if (!AwaitStep()) return false;
+  Step step = *std::move(running_);
+  running_.reset();
+  const double done = Now();
+  const double compute_seconds = done - std::max(step.planned, last_digested_);
+  compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + compute_seconds, std::memory_order_relaxed);
+  const std::int32_t num_generated = Digest(step);
+  running_ = std::exchange(ahead_, std::nullopt);
+  const double digested = Now();
+  const double seconds = digested - std::max(step.begin, last_digested_);
+  last_digested_ = digested;
+  TrainCosts(step, seconds);
+  const std::shared_ptr<Event> last_end = std::exchange(last_end_, step.launched.end);
+  if (observer_ != nullptr) {
+    observer_->OnStep({.seconds = seconds,
+                       .plan_seconds = step.planned - step.begin,
+                       .launch_seconds = step.queued - step.planned,
+                       .digest_seconds = digested - done,
+                       .idle_seconds = last_end ? step.launched.begin->SecondsSince(*last_end) : 0,
+                       .is_overlapped = step.plan.is_ahead(),
+                       .num_tokens = step.plan.num_tokens,
+                       .num_prefill_tokens = step.plan.num_prefill_tokens,
+                       .num_generated = num_generated,
+                       .num_preempted = step.plan.num_preempted});
+  }
+  return true;
+}
+
+bool ThreadedEngine::LaunchNext() {
   const double begin = Now();
   if (!store_->status().ok()) {
     Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", store_->status().message())));
     return false;
   }
-  StepPlan plan = scheduler_->Plan(begin);
+  Step step{.plan = scheduler_->Plan(begin), .begin = begin};
   PublishStatus();
-  if (plan.empty()) {
+  if (step.plan.empty()) {
+    last_end_ = nullptr;
     if (!store_->has_transfers()) {
       SPILLWAY_CHECK(scheduler_->awaits_home()) << "there is work and no step to make of it";
       return AwaitHomeSlot(begin);
@@ -490,11 +550,30 @@ bool ThreadedEngine::RunStep() {
     return false;
   }
   home_slot_awaited_since_ = 0;
-  const StepWork work = WorkOf(plan);
-  plan.num_projected = NumProjected(options_.activation_recompute, plan, work, *cost_model_);
-  const double launched = Now();
-  runner_->Launch(plan, store_->view(), [this] { mailbox_.StepDone(); });
-  const double queued = Now();
+  Launch(step);
+  running_ = std::move(step);
+  return true;
+}
+
+// While running_ runs.
+void ThreadedEngine::LaunchAhead() {
+  if (resets_prefix_cache_) return;
+  const double begin = Now();
+  Step step{.plan = scheduler_->PlanAhead(running_->plan), .begin = begin};
+  if (step.plan.empty()) return;
+  Launch(step);
+  ahead_ = std::move(step);
+}
+
+void ThreadedEngine::Launch(Step& step) {
+  step.work = WorkOf(step.plan);
+  step.plan.num_projected = NumProjected(options_.activation_recompute, step.plan, step.work, *cost_model_);
+  step.planned = Now();
+  step.launched = runner_->Launch(step.plan, store_->view(), [this] { mailbox_.StepDone(); });
+  step.queued = Now();
+}
+
+bool ThreadedEngine::AwaitStep() {
   if (!mailbox_.AwaitStep(absl::ToChronoNanoseconds(options_.stall_timeout))) {
     Fail(absl::UnavailableError(
         absl::StrCat("the device has not finished a step within ", absl::FormatDuration(options_.stall_timeout))));
@@ -503,22 +582,6 @@ bool ThreadedEngine::RunStep() {
   if (const absl::Status status = runner_->status(); !status.ok()) {
     Fail(absl::UnavailableError(absl::StrCat("the device has failed: ", status.message())));
     return false;
-  }
-  const double done = Now();
-  const double step_seconds = done - launched;
-  compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + step_seconds, std::memory_order_relaxed);
-  Digest(plan);
-  const double digested = Now();
-  ReportStep(plan, work, digested - begin);
-  if (observer_ != nullptr) {
-    observer_->OnStep({.seconds = digested - begin,
-                       .plan_seconds = launched - begin,
-                       .launch_seconds = queued - launched,
-                       .digest_seconds = digested - done,
-                       .num_tokens = plan.num_tokens,
-                       .num_prefill_tokens = plan.num_prefill_tokens,
-                       .num_generated = static_cast<std::int32_t>(runner_->results().size()),
-                       .num_preempted = plan.num_preempted});
   }
   return true;
 }
@@ -535,15 +598,19 @@ bool ThreadedEngine::AwaitHomeSlot(double now) {
   return true;
 }
 
-void ThreadedEngine::Digest(const StepPlan& plan) {
-  scheduler_->Computed(plan);
+// Returns how many tokens it told sinks of: not those of sequences that have ended meanwhile.
+std::int32_t ThreadedEngine::Digest(Step& step) {
+  scheduler_->Computed(step.plan, ahead_ ? &ahead_->plan : nullptr);
   const double now = Now();
   std::size_t next = 0;
-  for (const PlannedSequence& planned : plan.sequences) {
+  std::int32_t num_generated = 0;
+  for (const PlannedSequence& planned : step.plan.sequences) {
     if (!planned.samples) continue;
+    const SampleResult& result = step.launched.results[next++];
+    if (planned.sequence == nullptr) continue;
+    ++num_generated;
     Sequence& sequence = *planned.sequence;
     const SamplingParams& params = sequence.request.sampling;
-    const SampleResult& result = runner_->results()[next++];
     SampledToken token{
         .token = result.token, .logprob = result.logprob, .rank = result.rank, .logits_hash = result.logits_hash};
     for (std::int32_t i = 0; i < result.num_top; ++i) {
@@ -568,9 +635,17 @@ void ThreadedEngine::Digest(const StepPlan& plan) {
       End(sequence, {.reason = FinishReason::kLength});
     }
   }
+  return num_generated;
 }
 
+// What is launched for it goes on; nobody hears of what it samples.
 void ThreadedEngine::End(Sequence& sequence, const Finish& finish) {
+  for (std::optional<Step>* const step : {&running_, &ahead_}) {
+    if (!step->has_value()) continue;
+    for (PlannedSequence& planned : (*step)->plan.sequences) {
+      if (planned.sequence == &sequence) planned.sequence = nullptr;
+    }
+  }
   const std::unique_ptr<Sequence> finished = scheduler_->Remove(&sequence);
   Report(*finished, finish.reason, /*failed=*/false);
   finished->request.sink->OnFinish(finish);

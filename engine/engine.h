@@ -36,7 +36,8 @@ struct EngineOptions {
   SchedulingPolicy scheduling_policy = SchedulingPolicy::kFcfs;
   LoadChoice load_choice = LoadChoice::kLoad;
   bool enable_prefix_caching = true;
-  bool hash_logits = false;                          // identity tests: SampledToken.logits_hash is filled
+  bool overlap_steps = false;  // a step that only goes on with what runs is launched while the one before it runs
+  bool hash_logits = false;    // identity tests: SampledToken.logits_hash is filled
   std::string prefix_hash_seed = "0";                // first parent of the key chain (vLLM: PYTHONHASHSEED)
   absl::Duration stall_timeout = absl::Seconds(60);  // a step that takes longer is a stall
   HostTier* host_tier = nullptr;                     // outlives the engine, shared by several; null: offloading off
@@ -57,10 +58,12 @@ struct EngineOptions {
 
 // One step, reported on the engine thread.
 struct StepReport {
-  double seconds = 0;
-  double plan_seconds = 0;      // of these: until the step was planned,
-  double launch_seconds = 0;    // to lay out its metadata and queue its work,
-  double digest_seconds = 0;    // and after its results were back
+  double seconds = 0;         // of an overlapped one: since the step before it was digested
+  double plan_seconds = 0;    // until the step was planned,
+  double launch_seconds = 0;  // to lay out its metadata and queue its work,
+  double digest_seconds = 0;  // and after its results were back
+  double idle_seconds = 0;  // of the device: from the last kernel of the step before, where work went on, to its first
+  bool is_overlapped = false;   // planned and launched while the step before it ran
   std::int32_t num_tokens = 0;  // rows computed
   std::int32_t num_prefill_tokens = 0;
   std::int32_t num_generated = 0;

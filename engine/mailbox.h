@@ -58,7 +58,7 @@ class Mailbox {
   }
   void StepDone() {
     const std::lock_guard lock(mutex_);
-    is_step_done_ = true;
+    ++num_steps_done_;
     step_done_.notify_one();
   }
 
@@ -72,11 +72,11 @@ class Mailbox {
     std::unique_lock lock(mutex_);
     return changed_.wait_for(lock, timeout, [this] { return !mail_.empty(); });
   }
-  // False if the step was not done in time.
+  // Of steps in the order of their launch; false if the next one was not done in time.
   bool AwaitStep(std::chrono::nanoseconds timeout) {
     std::unique_lock lock(mutex_);
-    if (!step_done_.wait_for(lock, timeout, [this] { return is_step_done_; })) return false;
-    is_step_done_ = false;
+    if (!step_done_.wait_for(lock, timeout, [this] { return num_steps_done_ > 0; })) return false;
+    --num_steps_done_;
     return true;
   }
   Mail Take() {
@@ -113,7 +113,7 @@ class Mailbox {
   std::condition_variable step_done_;  // apart, so that mail does not wake an engine that waits for its step
   Mail mail_;
   std::int32_t num_waiting_ = 0;
-  bool is_step_done_ = false;
+  int num_steps_done_ = 0;  // not awaited yet
   bool is_closed_ = false;
 };
 

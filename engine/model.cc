@@ -355,8 +355,11 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
                              .out_dtype = dtype_});
   };
 
-  kernels.Embed(stream,
-                {.tokens = arrays.tokens, .num_tokens = num_tokens, .table = embedding_.view, .out = w.residual});
+  kernels.Embed(stream, {.tokens = arrays.tokens,
+                         .num_tokens = num_tokens,
+                         .table = embedding_.view,
+                         .out = w.residual,
+                         .sampled = arrays.sampled});
   kernels.RopeAngles(stream, {.positions = arrays.positions,
                               .inverse_frequency = inverse_frequency_,
                               .num_tokens = num_tokens,

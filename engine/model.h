@@ -34,7 +34,8 @@ struct StepArrays {
   std::int64_t num_tokens = 0;
   std::int64_t num_sequences = 0;
   std::int64_t num_sampled = 0;
-  const std::int32_t* tokens = nullptr;          // [num_tokens]
+  const std::int32_t* tokens = nullptr;          // [num_tokens], as in EmbedArgs
+  const SampleResult* sampled = nullptr;         // of the step before
   const std::int32_t* positions = nullptr;       // [num_tokens]
   const std::int32_t* blocks = nullptr;          // [num_tokens]
   const std::int32_t* query_begin = nullptr;     // [num_sequences + 1]

@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "kernels/check.h"
@@ -48,6 +49,48 @@ StepPlan Scheduler::Plan(double now) {
   }
   plan.num_streamed = static_cast<std::int32_t>(plan.sequences.end() - streamed);
   return plan;
+}
+
+// Decoding goes on, and nobody is to come in: that alone is what a step can be launched for before the one before it is
+// known.
+StepPlan Scheduler::PlanAhead(const StepPlan& running) {
+  StepPlan plan;
+  if (running.num_streamed > 0 || running.num_arriving > 0 || MayAdmit()) return plan;
+  bool some_end = false;
+  std::size_t num_live = 0;
+  std::int32_t row = 0;
+  for (const PlannedSequence& planned : running.sequences) {
+    if (!planned.samples) return {};
+    const std::int32_t sampled_row = row++;
+    if (planned.sequence == nullptr) continue;
+    ++num_live;
+    Sequence& sequence = *planned.sequence;
+    if (keeper_.IsLong(sequence)) return {};
+    if (sequence.num_outputs() + 1 >= sequence.request.sampling.max_tokens) {
+      some_end = true;
+      continue;
+    }
+    while (sequence.num_blocks() < BlocksFor(sequence.size() + 1)) {
+      std::optional<BlockRef> block = store_.Take();
+      if (!block) return {};
+      sequence.blocks.push_back(*std::move(block));
+    }
+    plan.sequences.push_back({.sequence = &sequence, .samples = true, .sampled_row = sampled_row});
+  }
+  // Another one runs; or one that waits comes in where one ends.
+  if (num_live != running_.size() || (some_end && by_id_.size() > num_live)) return {};
+  plan.num_tokens = static_cast<std::int32_t>(plan.sequences.size());
+  return plan;
+}
+
+bool Scheduler::MayAdmit() const {
+  if (!ready_.empty()) return num_running() < options_.max_num_seqs;
+  return HasSeat() && (held_.size() > 0 || MayAdmit(waiting_) || MayAdmit(fresh_));
+}
+
+// Whether the first that waits might find the room that it lacked.
+bool Scheduler::MayAdmit(const absl::btree_set<Sequence*, FirstInRank>& queue) const {
+  return !queue.empty() && NumAvailable() >= (*queue.begin())->num_lacking;
 }
 
 void Scheduler::PlanRunning(StepPlan& plan) {
@@ -179,6 +222,10 @@ void Scheduler::GiveUpBlocks(Sequence& sequence) {
     store_.MarkUsed(std::span<const BlockKey>(sequence.keys).first(static_cast<std::size_t>(sequence.num_published)),
                     sequence.tokens);
   }
+  if (sequence.num_planned > 0) {
+    std::ranges::move(sequence.blocks, std::back_inserter(retained_));
+    sequence.blocks.clear();
+  }
   KvStore::Release(sequence.blocks);
   KvStore::Release(sequence.home);
   KvStore::Release(sequence.arriving);
@@ -287,8 +334,10 @@ void Scheduler::Run(Sequence& sequence, StepPlan& plan, double now) {
     std::erase_if(running_, [](const Sequence* each) { return each->place != Place::kRunning; });
 }
 
-void Scheduler::Computed(const StepPlan& plan) {
+void Scheduler::Computed(const StepPlan& plan, const StepPlan* ahead) {
+  KvStore::Release(retained_);
   for (const PlannedSequence& planned : plan.sequences) {
+    if (planned.sequence == nullptr) continue;
     Sequence& sequence = *planned.sequence;
     sequence.num_computed += sequence.num_planned;
     sequence.num_planned = 0;
@@ -307,6 +356,8 @@ void Scheduler::Computed(const StepPlan& plan) {
     keeper_.Keep(sequence);
     if (!sequence.restoring.empty()) Settle(sequence);
   }
+  if (ahead == nullptr) return;
+  for (const PlannedSequence& planned : ahead->sequences) planned.sequence->num_planned = 1;
 }
 
 std::unique_ptr<Sequence> Scheduler::Remove(Sequence* sequence) {
@@ -419,7 +470,7 @@ void Scheduler::CheckInvariants() const {
     }
   }
   SPILLWAY_CHECK(!running_.empty() || claims_.empty());
-  SPILLWAY_CHECK(has_work() || store_.has_transfers() ||
+  SPILLWAY_CHECK(has_work() || store_.has_transfers() || !retained_.empty() ||
                  (store_.num_held() == 0 && store_.num_home() == 0 && store_.num_companions() == 0));
 }
 

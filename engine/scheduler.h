@@ -79,10 +79,15 @@ class Scheduler {
   StepPlan Plan(double now);
   // Restores have ended: loading sequences that wait for no more become ready.
   void Loaded();
-  // The plan's tokens are computed: counters advance and full blocks are published. Tokens sampled from it are appended
-  // afterwards by Append.
-  void Computed(const StepPlan& plan);
-  // The sequence goes, its blocks with it. The caller has told the sink.
+  // The plan of the step after `running`, which samples a token for each of its sequences: those that do not end with
+  // it compute that token. Empty where Plan might do anything else then: that is left to Plan, once `running` is done.
+  // It revokes and preempts nobody; of the sequences it changes only what blocks they hold.
+  StepPlan PlanAhead(const StepPlan& running);
+  // The plan's tokens are computed: counters advance and full blocks are published. The caller appends the tokens
+  // sampled from it afterwards. `ahead` is what PlanAhead made of `plan`, where that was launched: it runs now.
+  void Computed(const StepPlan& plan, const StepPlan* ahead = nullptr);
+  // The sequence goes, its blocks with it, or, while a step that is planned for it runs, when that is Computed. The
+  // caller has told the sink.
   std::unique_ptr<Sequence> Remove(Sequence* sequence);
 
   // Every sequence: running, ready, loading, then the others in rank order.
@@ -107,6 +112,8 @@ class Scheduler {
   };
 
   void PlanRunning(StepPlan& plan);
+  bool MayAdmit() const;
+  bool MayAdmit(const absl::btree_set<Sequence*, FirstInRank>& queue) const;
   std::int32_t Reserve(Sequence& sequence, std::int32_t num_tokens, StepPlan& plan);
   bool MakeAvailable();
   std::int64_t NumAvailable() const;
@@ -169,7 +176,8 @@ class Scheduler {
   std::vector<Sequence*> loading_;
   std::deque<Sequence*> ready_;
   std::vector<Sequence*> running_;
-  std::vector<Sequence*> splits_;  // of running_: those with restores
+  std::vector<Sequence*> splits_;   // of running_: those with restores
+  std::vector<BlockRef> retained_;  // of sequences that ended while a step was reading and writing them
   absl::flat_hash_map<BlockKey, Claim> claims_;
   StepWork work_;  // of the step being planned
   std::uint64_t num_arrived_ = 0;

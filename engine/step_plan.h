@@ -6,13 +6,23 @@
 #include <span>
 #include <vector>
 
+#include "engine/sequence.h"
+
 namespace spillway {
 
-struct Sequence;
-
+// What a step computes of a sequence: `count` tokens from position `begin` on, whose blocks are held.
 struct PlannedSequence {
-  Sequence* sequence = nullptr;  // tokens [num_computed, num_computed + num_planned), whose blocks are held
-  bool samples = false;          // the chunk reaches the last token
+  // Null: it has ended since the step was launched, and what the step samples for it is discarded.
+  Sequence* sequence = nullptr;
+  bool samples = false;  // the chunk reaches the last token
+  // Of a step that is launched behind one that runs (Scheduler::PlanAhead): the one token is what that step samples in
+  // this row of its results. -1: the tokens are known.
+  std::int32_t sampled_row = -1;
+
+  bool is_ahead() const { return sampled_row >= 0; }
+  std::int32_t begin() const { return sequence->num_computed + (is_ahead() ? sequence->num_planned : 0); }
+  std::int32_t count() const { return is_ahead() ? 1 : sequence->num_planned; }
+  std::int32_t num_outputs() const { return sequence->num_outputs() + (is_ahead() ? 1 : 0); }
 };
 
 struct StepPlan {
@@ -25,6 +35,7 @@ struct StepPlan {
   std::int32_t num_projected = 0;  // of the streamed ones' home blocks; set by the engine, see NumProjected
 
   bool empty() const { return sequences.empty(); }
+  bool is_ahead() const { return !empty() && sequences.front().is_ahead(); }
   std::span<const PlannedSequence> streamed() const {
     return std::span(sequences).last(static_cast<std::size_t>(num_streamed));
   }

@@ -10,12 +10,13 @@
 namespace spillway {
 namespace {
 
-std::span<const std::int32_t> BannedFor(const Sequence& sequence) {
-  if (sequence.num_outputs() >= sequence.request.sampling.min_tokens) return {};
-  return sequence.banned_until_min;
+std::span<const std::int32_t> BannedFor(const PlannedSequence& planned) {
+  if (planned.num_outputs() >= planned.sequence->request.sampling.min_tokens) return {};
+  return planned.sequence->banned_until_min;
 }
 
-SampleRow SampleRowOf(const Sequence& sequence) {
+SampleRow SampleRowOf(const PlannedSequence& planned) {
+  const Sequence& sequence = *planned.sequence;
   const SamplingParams& params = sequence.request.sampling;
   return {.temperature = params.temperature,
           .top_p = params.top_p,
@@ -23,7 +24,7 @@ SampleRow SampleRowOf(const Sequence& sequence) {
           .top_k = params.top_k,
           .seed = params.seed,
           .choice = sequence.request.choice,
-          .output_index = static_cast<std::uint32_t>(sequence.num_outputs()),
+          .output_index = static_cast<std::uint32_t>(planned.num_outputs()),
           .num_logprobs = params.num_logprobs};
 }
 
@@ -47,12 +48,13 @@ absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Make(Device& device, Mod
                  .banned = sequences * static_cast<std::size_t>(limits.max_banned_per_sequence),
                  .home = runner->home_reader_ ? runner->home_reader_->MaxCounts(sequences) : HomeReader::Counts{}});
   RETURN_IF_ERROR(model.Reserve(max_tokens, max_sequences));
-  ASSIGN_OR_RETURN(runner->host_metadata_, device.Allocate(MemoryKind::kPinnedHost, count.used()));
-  ASSIGN_OR_RETURN(runner->device_metadata_, device.Allocate(MemoryKind::kDevice, count.used()));
   const std::size_t result_bytes = sequences * sizeof(SampleResult);
-  ASSIGN_OR_RETURN(runner->host_result_memory_, device.Allocate(MemoryKind::kPinnedHost, result_bytes));
-  ASSIGN_OR_RETURN(runner->device_result_memory_, device.Allocate(MemoryKind::kDevice, result_bytes));
-  runner->host_results_ = reinterpret_cast<SampleResult*>(runner->host_result_memory_.get());
+  for (HostSide& side : runner->host_sides_) {
+    ASSIGN_OR_RETURN(side.metadata, device.Allocate(MemoryKind::kPinnedHost, count.used()));
+    ASSIGN_OR_RETURN(side.results, device.Allocate(MemoryKind::kPinnedHost, result_bytes));
+  }
+  ASSIGN_OR_RETURN(runner->device_metadata_, device.Allocate(MemoryKind::kDevice, count.used()));
+  ASSIGN_OR_RETURN(runner->device_results_, device.Allocate(MemoryKind::kDevice, result_bytes));
   ASSIGN_OR_RETURN(runner->stream_, device.NewStream());
   return runner;
 }
@@ -82,7 +84,7 @@ StepRunner::Counts StepRunner::CountsOf(const StepPlan& plan) const {
     counts.blocks += planned.sequence->blocks.size();
     if (!planned.samples) continue;
     ++counts.sampled;
-    counts.banned += BannedFor(*planned.sequence).size();
+    counts.banned += BannedFor(planned).size();
   }
   if (plan.num_streamed > 0) counts.home = home_reader_->CountsOf(plan.streamed());
   return counts;
@@ -108,19 +110,20 @@ void StepRunner::Fill(const StepPlan& plan, const Counts& counts, const Layout& 
   host.query_begin[0] = host.block_begin[0] = host.banned_begin[0] = 0;
   for (const PlannedSequence& planned : plan.sequences) {
     const Sequence& sequence = *planned.sequence;
-    host.first_position[index] = sequence.num_computed;
+    const std::int32_t begin = planned.begin();
+    host.first_position[index] = begin;
     for (const BlockRef& held : sequence.blocks) host.block_table[block++] = static_cast<std::int32_t>(held.id());
     const std::int32_t* const table = host.block_table + host.block_begin[index];
-    for (std::int32_t i = 0; i < sequence.num_planned; ++i, ++row) {
-      const std::int32_t position = sequence.num_computed + i;
-      host.tokens[row] = sequence.tokens[static_cast<std::size_t>(position)];
+    for (std::int32_t position = begin; position < begin + planned.count(); ++position, ++row) {
+      host.tokens[row] =
+          planned.is_ahead() ? SampledFrom(planned.sampled_row) : sequence.tokens[static_cast<std::size_t>(position)];
       host.positions[row] = position;
       host.blocks[row] = table[position / kBlockTokens - sequence.num_home];
     }
     if (planned.samples) {
       host.sampled_rows[sampled] = row - 1;
-      host.sample_rows[sampled] = SampleRowOf(sequence);
-      for (const std::int32_t token : BannedFor(sequence)) host.banned[banned++] = token;
+      host.sample_rows[sampled] = SampleRowOf(planned);
+      for (const std::int32_t token : BannedFor(planned)) host.banned[banned++] = token;
       host.banned_begin[++sampled] = banned;
     }
     ++index;
@@ -143,16 +146,18 @@ void StepRunner::FillPadding(const StepPlan& plan, const Counts& counts, const L
   }
 }
 
-void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
+StepRunner::Launched StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done) {
+  const HostSide& side = host_sides_[std::exchange(next_side_, 1 - next_side_)];
   Counts counts = CountsOf(plan);
-  num_results_ = static_cast<std::int64_t>(counts.sampled);
+  Launched launched;
+  launched.results = {reinterpret_cast<const SampleResult*>(side.results.get()), counts.sampled};
   if (input_writer_) input_writer_->Fill(plan);
   // With blocks at home it also queues passes over these, with blocks that come up their copies, and with inputs to
   // keep theirs.
   const bool is_plain = plan.num_streamed == 0 && plan.num_arriving == 0 && (!input_writer_ || input_writer_->empty());
   const bool is_decode = is_plain && counts.tokens == counts.sequences && counts.sampled == counts.sequences;
   if (is_decode) counts = PaddedDecode(counts.sequences, counts.blocks);
-  Arena host_arena(host_metadata_.get(), host_metadata_.size_bytes);
+  Arena host_arena(side.metadata.get(), side.metadata.size_bytes);
   Arena device_arena(device_metadata_.get(), device_metadata_.size_bytes);
   const Layout host = LayOut(host_arena, counts);
   const Layout device = LayOut(device_arena, counts);
@@ -160,7 +165,8 @@ void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<vo
   if (plan.num_streamed > 0) home_reader_->Fill(plan.streamed(), plan.num_projected, host.home);
   LayerLoader* const loader = plan.num_arriving > 0 ? layer_loader_.get() : nullptr;
   if (loader != nullptr) loader->Begin(plan.sequences, kv);
-  stream_->Copy(device_metadata_.get(), host_metadata_.get(), host_arena.used());
+  stream_->Copy(device_metadata_.get(), side.metadata.get(), host_arena.used());
+  launched.begin = stream_->RecordTime();
   // What a decoding step queues, and where its arrays are, depends on its number of rows alone.
   const auto queue = [&] { QueueStep(counts, device, kv, loader); };
   if (is_decode) {
@@ -168,11 +174,12 @@ void StepRunner::Launch(const StepPlan& plan, const KvView& kv, std::function<vo
   } else {
     queue();
   }
-  if (num_results_ > 0) {
-    stream_->Copy(host_result_memory_.get(), device_result_memory_.get(),
-                  static_cast<std::size_t>(num_results_) * sizeof(SampleResult));
+  launched.end = stream_->RecordTime();
+  if (!launched.results.empty()) {
+    stream_->Copy(side.results.get(), device_results_.get(), launched.results.size_bytes());
   }
   stream_->Notify(std::move(done));
+  return launched;
 }
 
 void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvView& kv, LayerLoader* layer_loader) {
@@ -180,6 +187,7 @@ void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvV
                           .num_sequences = static_cast<std::int64_t>(counts.sequences),
                           .num_sampled = static_cast<std::int64_t>(counts.sampled),
                           .tokens = device.tokens,
+                          .sampled = reinterpret_cast<const SampleResult*>(device_results_.get()),
                           .positions = device.positions,
                           .blocks = device.blocks,
                           .query_begin = device.query_begin,
@@ -202,7 +210,7 @@ void StepRunner::QueueStep(const Counts& counts, const Layout& device, const KvV
                                       .banned_begin = device.banned_begin,
                                       .banned = device.banned,
                                       .hash_logits = hash_logits_,
-                                      .results = reinterpret_cast<SampleResult*>(device_result_memory_.get())});
+                                      .results = reinterpret_cast<SampleResult*>(device_results_.get())});
 }
 
 }  // namespace spillway

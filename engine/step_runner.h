@@ -1,8 +1,9 @@
 #pragma once
 
 // StepRunner: executes a StepPlan. It lays the step's metadata out in pinned host memory, sends it to the device in one
-// copy, queues the forward pass and the sampling, and brings the results back; one step in flight at a time. Engine
-// thread only, but for `done`, which runs on a device thread.
+// copy, queues the forward pass and the sampling, and brings the results back. A step may be launched while the one
+// before it runs, two at a time at most: it finds the tokens that were sampled on the device. Engine thread only, but
+// for `done`, which runs on a device thread.
 
 #include <cstdint>
 #include <functional>
@@ -38,14 +39,19 @@ class StepRunner {
                                                           std::unique_ptr<LayerLoader> layer_loader,
                                                           std::unique_ptr<InputWriter> input_writer, bool hash_logits);
 
-  // Queues the step. The plan's sequences stay unchanged until done; `kv` is the same in every call. `done` may only
-  // post to a mailbox.
-  void Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done);
+  struct Launched {
+    std::span<const SampleResult> results;  // after `done`, until the next launch but one: per sampling sequence
+    std::shared_ptr<Event> begin;           // times of the device: before the step's first kernel,
+    std::shared_ptr<Event> end;             // and after its last
+  };
+  // Queues the step. Only `plan` and its sequences as they are now are read; their blocks stay held until it is done.
+  // `kv` is the same in every call. `done` may only post to a mailbox.
+  Launched Launch(const StepPlan& plan, const KvView& kv, std::function<void()> done);
 
   // Blocks until what was launched is done; start-up only.
   absl::Status Await() { return stream_->Record()->Await(); }
 
-  // After done: whether the step succeeded, and one result per sampling sequence, in the plan's order.
+  // After done: whether the step succeeded.
   absl::Status status() const { return stream_->status(); }
   std::int64_t home_buffer_bytes() const {
     const std::size_t reading = home_reader_ ? home_reader_->buffer_bytes() : 0;
@@ -57,7 +63,6 @@ class StepRunner {
   std::int64_t streamed_bytes() const { return home_reader_ ? home_reader_->read_bytes() : 0; }
   std::int64_t projected_blocks() const { return home_reader_ ? home_reader_->projected_blocks() : 0; }
   HomeReader::Times home_times() const { return home_reader_ ? home_reader_->times() : HomeReader::Times{}; }
-  std::span<const SampleResult> results() const { return {host_results_, static_cast<std::size_t>(num_results_)}; }
 
  private:
   // The same layout on host and device.
@@ -107,12 +112,14 @@ class StepRunner {
   const std::unique_ptr<HomeReader> home_reader_;
   const std::unique_ptr<LayerLoader> layer_loader_;
   const std::unique_ptr<InputWriter> input_writer_;
-  Buffer host_metadata_;
+  struct HostSide {
+    Buffer metadata;
+    Buffer results;
+  };
+  HostSide host_sides_[2];  // of steps by turns
+  int next_side_ = 0;
   Buffer device_metadata_;
-  Buffer host_result_memory_;
-  Buffer device_result_memory_;
-  SampleResult* host_results_ = nullptr;
-  std::int64_t num_results_ = 0;
+  Buffer device_results_;
   std::unique_ptr<Stream> stream_;  // last: its destructor waits for work that reads the buffers
 };
 

@@ -42,7 +42,7 @@ absl::StatusOr<std::int64_t> RowsToPackInt8(std::span<const MatrixView> parts) {
 }
 
 absl::Status TokenOutsideTable(const EmbedArgs& args, std::int64_t index) {
-  return absl::InternalError(absl::StrCat("embed: token ", args.tokens[index], " at row ", index,
+  return absl::InternalError(absl::StrCat("embed: token ", TokenAt(args, index), " at row ", index,
                                           " is outside the table of ", args.table.rows, " rows"));
 }
 

@@ -37,6 +37,9 @@ class Event {
   virtual ~Event() = default;
   virtual bool Ready() const = 0;
   virtual absl::Status Await() = 0;  // blocks; tests, start-up and shutdown only
+  // Seconds of the device's clock from `earlier`, of any of its streams, to this one; both are ready, and from
+  // Stream::RecordTime. 0 where the device has failed.
+  virtual double SecondsSince(const Event& earlier) const = 0;
 };
 
 // Queue calls come from one thread at a time; status() from any.
@@ -49,6 +52,7 @@ class Stream {
   virtual void Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
                       std::size_t size_bytes) = 0;
   virtual std::shared_ptr<Event> Record() = 0;
+  virtual std::shared_ptr<Event> RecordTime() = 0;  // as Record; the event also knows when it was reached
   // Later work on this stream starts after `event`; the calling thread does not block.
   virtual void Wait(const std::shared_ptr<Event>& event) = 0;
   // Runs `reached` on a device thread once all work queued before is done (or was skipped after an error).

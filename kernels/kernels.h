@@ -44,13 +44,18 @@ struct EmbeddingTable {
   Buffer storage;   // empty where `view` is the caller's memory
 };
 
-// out[t, :] = table[tokens[t], :]
+struct SampleResult;
+
+// out[t, :] = table[token of t, :], which is tokens[t], in [0, table.rows), or, where tokens[t] is SampledFrom(r), the
+// token of sampled[r]: so a step can follow one whose tokens no host has seen yet.
 struct EmbedArgs {
-  const std::int32_t* tokens = nullptr;  // [num_tokens], each in [0, table.rows)
+  const std::int32_t* tokens = nullptr;  // [num_tokens]
   std::int64_t num_tokens = 0;
-  MatrixView table;      // [vocab, hidden]
-  float* out = nullptr;  // [num_tokens, hidden]
+  MatrixView table;                       // [vocab, hidden]
+  float* out = nullptr;                   // [num_tokens, hidden]
+  const SampleResult* sampled = nullptr;  // device memory that an earlier Sample wrote; null: no token is from there
 };
+constexpr std::int32_t SampledFrom(std::int32_t row) { return -1 - row; }
 
 // out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + epsilon) * weight
 // Gathering form: row t of the output reads row rows[t] of x where rows is given (the rows that are sampled).
@@ -203,6 +208,12 @@ struct SampleResult {
   float top_logprobs[kMaxLogprobs] = {};
   std::uint64_t logits_hash = 0;  // of the row's bits where SampleArgs.hash_logits is set
 };
+
+// The token of row t; one that is in no table where `sampled` is needed and absent.
+inline std::int32_t TokenAt(const EmbedArgs& args, std::int64_t t) {
+  const std::int32_t token = args.tokens[t];
+  return token < 0 && args.sampled != nullptr ? args.sampled[SampledFrom(token)].token : token;
+}
 
 struct SampleArgs {
   const float* logits = nullptr;  // [num_rows, vocab]

@@ -75,10 +75,11 @@ void Gemm(const GemmArgs& args, const ReferenceInt8Matrix& weight) {
 
 absl::Status Embed(const EmbedArgs& args) {
   for (std::int64_t t = 0; t < args.num_tokens; ++t) {
-    if (args.tokens[t] < 0 || args.tokens[t] >= args.table.rows) return TokenOutsideTable(args, t);
+    const std::int64_t token = TokenAt(args, t);
+    if (token < 0 || token >= args.table.rows) return TokenOutsideTable(args, t);
     for (std::int64_t i = 0; i < args.table.cols; ++i) {
       args.out[t * args.table.cols + i] =
-          LoadElement(args.table.data, args.table.dtype, args.tokens[t] * args.table.row_stride + i);
+          LoadElement(args.table.data, args.table.dtype, token * args.table.row_stride + i);
     }
   }
   return absl::OkStatus();

@@ -33,7 +33,8 @@ void ForRows(const WorkPlace& place, std::int64_t num_rows, std::int64_t row_ele
 
 absl::Status RunEmbed(const RowBodies& bodies, const WorkPlace& place, const EmbedArgs& args) {
   for (std::int64_t t = 0; t < args.num_tokens; ++t) {
-    if (args.tokens[t] < 0 || args.tokens[t] >= args.table.rows) return TokenOutsideTable(args, t);
+    const std::int32_t token = TokenAt(args, t);
+    if (token < 0 || token >= args.table.rows) return TokenOutsideTable(args, t);
   }
   ForRows(place, args.num_tokens, args.table.cols,
           [&](std::int64_t begin, std::int64_t end) { bodies.embed(args, begin, end); });

@@ -39,7 +39,7 @@ void EmbedRow(const T* from, std::int64_t size, float* to) {
 
 void Embed(const EmbedArgs& args, std::int64_t begin, std::int64_t end) {
   for (std::int64_t t = begin; t < end; ++t) {
-    const std::int64_t at = args.tokens[t] * args.table.row_stride;
+    const std::int64_t at = TokenAt(args, t) * args.table.row_stride;
     float* const out = args.out + t * args.table.cols;
     if (args.table.dtype == DType::kF32) {
       EmbedRow(reinterpret_cast<const float*>(args.table.data) + at, args.table.cols, out);

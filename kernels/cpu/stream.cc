@@ -12,8 +12,15 @@ absl::Status CpuEvent::Await() {
   return status_;
 }
 
+double CpuEvent::SecondsSince(const Event& earlier) const {
+  const auto& from = static_cast<const CpuEvent&>(earlier);
+  if (!Ready() || !from.Ready()) return 0;
+  return std::chrono::duration<double>(reached_ - from.reached_).count();
+}
+
 void CpuEvent::Set(absl::Status status) {
   status_ = std::move(status);
+  reached_ = std::chrono::steady_clock::now();
   done_.store(1, std::memory_order_release);
   done_.notify_all();
 }

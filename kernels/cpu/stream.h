@@ -3,6 +3,7 @@
 // The cpu device's stream: a FIFO of closures run by a thread of its own, so that a missing wait shows.
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -25,13 +26,15 @@ class CpuEvent final : public Event {
   bool Ready() const override { return done_.load(std::memory_order_acquire) != 0; }
   // The status of the stream at the recorded point.
   absl::Status Await() override;
+  double SecondsSince(const Event& earlier) const override;
 
   // Once, by the stream's thread.
   void Set(absl::Status status);
 
  private:
   std::atomic<std::uint32_t> done_{0};
-  absl::Status status_;  // written before done_
+  absl::Status status_;                            // written before done_
+  std::chrono::steady_clock::time_point reached_;  // likewise
 };
 
 // What a kernel finds on the stream's thread.
@@ -51,6 +54,7 @@ class CpuStream final : public Stream {
   void Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
               std::size_t size_bytes) override;
   std::shared_ptr<Event> Record() override;
+  std::shared_ptr<Event> RecordTime() override { return Record(); }
   // If the awaited work failed, this stream takes over its error: what follows would read garbage.
   void Wait(const std::shared_ptr<Event>& event) override;
   // With IgnoredOrder::kWaitAndNotify: runs `reached` before it returns.

@@ -90,6 +90,7 @@ class CudaKernels final : public Kernels {
                           .hidden = args.table.cols,
                           .row_stride = args.table.row_stride,
                           .out = args.out,
+                          .sampled = reinterpret_cast<const SampleRowResult*>(args.sampled),
                           .fault = cuda.fault()},
                          handle);
     });

@@ -21,6 +21,28 @@ struct Fault {
   std::int32_t value;
 };
 
+// Field by field SampleRow and SampleResult of kernels/kernels.h, which nvcc does not read.
+inline constexpr int kMaxReportedLogprobs = 20;
+struct SampleRowParams {
+  float temperature;
+  float top_p;
+  float min_p;
+  std::int32_t top_k;
+  std::uint64_t seed;
+  std::uint32_t choice;
+  std::uint32_t output_index;
+  std::int32_t num_logprobs;
+};
+struct SampleRowResult {
+  std::int32_t token;
+  float logprob;
+  std::int32_t rank;
+  std::int32_t num_top;
+  std::int32_t top_tokens[kMaxReportedLogprobs];
+  float top_logprobs[kMaxReportedLogprobs];
+  std::uint64_t logits_hash;
+};
+
 struct EmbedParams {
   const std::int32_t* tokens;  // [num_tokens]
   std::int64_t num_tokens;
@@ -29,8 +51,9 @@ struct EmbedParams {
   std::int64_t vocab;
   std::int64_t hidden;
   std::int64_t row_stride;
-  float* out;    // [num_tokens, hidden]
-  Fault* fault;  // kFaultToken: the row is left as zeros
+  float* out;                      // [num_tokens, hidden]
+  const SampleRowResult* sampled;  // of tokens[t] = -1 - r: row r's token; or null
+  Fault* fault;                    // kFaultToken: the row is left as zeros
 };
 cudaError_t LaunchEmbed(const EmbedParams& params, cudaStream_t stream);
 
@@ -136,27 +159,6 @@ cudaError_t LaunchPlainAttention(const AttentionParams& params, cudaStream_t str
 enum class MergeExponential : std::uint8_t { kHardware, kPolynomial };
 cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential exponential, cudaStream_t stream);
 
-// Field by field SampleRow and SampleResult of kernels/kernels.h, which nvcc does not read.
-inline constexpr int kMaxReportedLogprobs = 20;
-struct SampleRowParams {
-  float temperature;
-  float top_p;
-  float min_p;
-  std::int32_t top_k;
-  std::uint64_t seed;
-  std::uint32_t choice;
-  std::uint32_t output_index;
-  std::int32_t num_logprobs;
-};
-struct SampleRowResult {
-  std::int32_t token;
-  float logprob;
-  std::int32_t rank;
-  std::int32_t num_top;
-  std::int32_t top_tokens[kMaxReportedLogprobs];
-  float top_logprobs[kMaxReportedLogprobs];
-  std::uint64_t logits_hash;
-};
 struct SampleParams {
   const float* logits;  // [num_rows, vocab]
   std::int64_t num_rows;

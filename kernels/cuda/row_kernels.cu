@@ -25,7 +25,8 @@ __device__ float BlockSum(float value) {
 
 __global__ void EmbedKernel(EmbedParams params) {
   const std::int64_t t = blockIdx.x;
-  const std::int32_t token = params.tokens[t];
+  std::int32_t token = params.tokens[t];
+  if (token < 0 && params.sampled != nullptr) token = params.sampled[-1 - token].token;
   const bool is_known = token >= 0 && token < params.vocab;
   float* const out = params.out + t * params.hidden;
   for (std::int64_t i = threadIdx.x; i < params.hidden; i += blockDim.x) {

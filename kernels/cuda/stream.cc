@@ -62,7 +62,7 @@ void StreamState::Reached(void* callback) {
   mine->state->Run(mine->id);
 }
 
-void StreamState::Notify(cudaStream_t stream, std::function<void()> reached) {
+void StreamState::Notify(cudaStream_t stream, cudaEvent_t mark, cudaStream_t notifier, std::function<void()> reached) {
   auto callback = std::make_unique<Callback>();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -70,7 +70,9 @@ void StreamState::Notify(cudaStream_t stream, std::function<void()> reached) {
     pending_[callback->id] = std::move(reached);
   }
   callback->state = shared_from_this();
-  const cudaError_t error = cudaLaunchHostFunc(stream, Reached, callback.get());
+  cudaError_t error = cudaEventRecord(mark, stream);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(notifier, mark, cudaEventWaitDefault);
+  if (error == cudaSuccess) error = cudaLaunchHostFunc(notifier, Reached, callback.get());
   if (error == cudaSuccess) {
     callback.release();  // NOLINT(bugprone-unused-return-value): Reached owns it
     return;
@@ -97,50 +99,67 @@ absl::Status CudaEvent::Await() {
   return state_->status();
 }
 
+double CudaEvent::SecondsSince(const Event& earlier) const {
+  const cudaEvent_t from = static_cast<const CudaEvent&>(earlier).event_;
+  float milliseconds = 0;
+  if (event_ == nullptr || from == nullptr) return 0;
+  return cudaEventElapsedTime(&milliseconds, from, event_) == cudaSuccess ? 1e-3 * milliseconds : 0;
+}
+
 absl::StatusOr<std::unique_ptr<Stream>> CudaStream::Make(int device, Repeats repeats) {
   RETURN_IF_ERROR(ToStatus(cudaSetDevice(device), "choosing the device"));
   ASSIGN_OR_RETURN(Buffer fault, AllocatePinned(sizeof(Fault)));
-  cudaStream_t stream = nullptr;
-  RETURN_IF_ERROR(ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream"));
-  cudaStream_t recorder = nullptr;
-  const cudaError_t error = cudaStreamCreateWithFlags(&recorder, cudaStreamNonBlocking);
-  if (error != cudaSuccess) {
-    cudaStreamDestroy(stream);
-    return ToStatus(error, "creating a stream");
+  Handles handles;
+  if (absl::Status status = Create(handles); !status.ok()) {
+    Destroy(handles);
+    return status;
   }
-  return std::unique_ptr<Stream>(new CudaStream(device, repeats, stream, recorder, std::move(fault)));
+  return std::unique_ptr<Stream>(new CudaStream(device, repeats, handles, std::move(fault)));
 }
 
-CudaStream::CudaStream(int device, Repeats repeats, cudaStream_t stream, cudaStream_t recorder, Buffer fault)
+absl::Status CudaStream::Create(Handles& handles) {
+  for (cudaStream_t* const stream : {&handles.stream, &handles.recorder, &handles.notifier}) {
+    RETURN_IF_ERROR(ToStatus(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "creating a stream"));
+  }
+  return ToStatus(cudaEventCreateWithFlags(&handles.mark, cudaEventDisableTiming), "creating an event");
+}
+
+void CudaStream::Destroy(const Handles& handles) {
+  if (handles.mark != nullptr) cudaEventDestroy(handles.mark);
+  for (const cudaStream_t stream : {handles.notifier, handles.recorder, handles.stream}) {
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
+}
+
+CudaStream::CudaStream(int device, Repeats repeats, const Handles& handles, Buffer fault)
     : device_(device),
       repeats_(repeats),
-      stream_(stream),
-      recorder_(recorder),
-      target_(stream),
+      handles_(handles),
+      target_(handles.stream),
       state_(std::make_shared<StreamState>(std::move(fault))) {}
 
 CudaStream::~CudaStream() {
   cudaSetDevice(device_);
-  Check(cudaStreamSynchronize(stream_), "the last work of a stream");
+  Check(cudaStreamSynchronize(handles_.stream), "the last work of a stream");
+  Check(cudaStreamSynchronize(handles_.notifier), "the last notification of a stream");
   state_->RunPending();
   for (const auto& [key, graph] : graphs_) {
     if (graph != nullptr) cudaGraphExecDestroy(graph);
   }
   for (std::byte* const workspace : workspaces_) cudaFree(workspace);
-  cudaStreamDestroy(recorder_);
-  cudaStreamDestroy(stream_);
+  Destroy(handles_);
 }
 
 void CudaStream::Check(cudaError_t error, std::string_view what) {
   if (error == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // the same error, seen again by the next launch, would blame that one
   state_->Fail(ToStatus(error, what));
-  if (target_ == stream_) NotifyIfDead();
+  if (target_ == handles_.stream) NotifyIfDead();
 }
 
 // A call that was refused stops nothing that was queued before it; a fault of the device ends everything.
 void CudaStream::NotifyIfDead() const {
-  const cudaError_t error = cudaStreamQuery(stream_);
+  const cudaError_t error = cudaStreamQuery(handles_.stream);
   if (error == cudaSuccess || error == cudaErrorNotReady) return;
   state_->Fail(ToStatus(error, "queued work"));
   state_->RunPending();
@@ -164,11 +183,11 @@ void CudaStream::Copy(std::byte* to, const std::byte* from, std::size_t size_byt
   Queue("copy", [&](cudaStream_t stream) { return cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, stream); });
 }
 
-std::shared_ptr<Event> CudaStream::Record() {
+std::shared_ptr<Event> CudaStream::RecordWith(unsigned flags) {
   cudaEvent_t event = nullptr;
   static_cast<void>(cudaSetDevice(device_));
   // Who waits for it sleeps.
-  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), "creating an event");
+  Check(cudaEventCreateWithFlags(&event, flags | cudaEventBlockingSync), "creating an event");
   if (event != nullptr) Check(cudaEventRecord(event, target_), "recording an event");
   return std::make_shared<CudaEvent>(event, state_);
 }
@@ -184,9 +203,10 @@ void CudaStream::Wait(const std::shared_ptr<Event>& event) {
 }
 
 void CudaStream::Notify(std::function<void()> reached) {
-  SPILLWAY_CHECK(target_ == stream_) << "a notification among repeated work would be sent with every repetition";
+  SPILLWAY_CHECK(target_ == handles_.stream)
+      << "a notification among repeated work would be sent with every repetition";
   static_cast<void>(cudaSetDevice(device_));
-  state_->Notify(stream_, std::move(reached));
+  state_->Notify(handles_.stream, handles_.mark, handles_.notifier, std::move(reached));
 }
 
 void CudaStream::Repeat(std::uint64_t key, const std::function<void()>& queue) {
@@ -207,15 +227,15 @@ void CudaStream::Repeat(std::uint64_t key, const std::function<void()>& queue) {
 // Null after an error.
 cudaGraphExec_t CudaStream::RecordGraph(const std::function<void()>& queue) {
   constexpr std::string_view kWhat = "recording repeated work";
-  const cudaError_t error = cudaStreamBeginCapture(recorder_, cudaStreamCaptureModeThreadLocal);
+  const cudaError_t error = cudaStreamBeginCapture(handles_.recorder, cudaStreamCaptureModeThreadLocal);
   Check(error, kWhat);
   if (error != cudaSuccess) return nullptr;
-  target_ = recorder_;
+  target_ = handles_.recorder;
   queue();
-  target_ = stream_;
+  target_ = handles_.stream;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
-  Check(cudaStreamEndCapture(recorder_, &graph), kWhat);
+  Check(cudaStreamEndCapture(handles_.recorder, &graph), kWhat);
   if (IsUsable()) Check(cudaGraphInstantiate(&executable, graph, 0), kWhat);
   if (graph != nullptr) cudaGraphDestroy(graph);
   return executable;

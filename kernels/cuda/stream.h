@@ -30,7 +30,8 @@ class StreamState : public std::enable_shared_from_this<StreamState> {
   absl::Status status();
   Fault* fault() const { return reinterpret_cast<Fault*>(fault_.get()); }
 
-  void Notify(cudaStream_t stream, std::function<void()> reached);
+  // Runs `reached` by way of `notifier`, once `mark`, which is recorded here, is met on `stream`. After an error: here.
+  void Notify(cudaStream_t stream, cudaEvent_t mark, cudaStream_t notifier, std::function<void()> reached);
   // Nothing runs any more, and CUDA runs no callback: whoever waits for a notification gets it now.
   void RunPending();
 
@@ -53,6 +54,7 @@ class CudaEvent final : public Event {
 
   bool Ready() const override;
   absl::Status Await() override;  // the stream's status
+  double SecondsSince(const Event& earlier) const override;
   cudaEvent_t handle() const { return event_; }
   StreamState& state() const { return *state_; }
 
@@ -71,7 +73,8 @@ class CudaStream final : public Stream {
   void Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) override;  // by a copy engine
   void Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
               std::size_t size_bytes) override;
-  std::shared_ptr<Event> Record() override;
+  std::shared_ptr<Event> Record() override { return RecordWith(cudaEventDisableTiming); }
+  std::shared_ptr<Event> RecordTime() override { return RecordWith(cudaEventDefault); }
   // If the awaited work is known to have failed, this stream takes over its error.
   void Wait(const std::shared_ptr<Event>& event) override;
   void Notify(std::function<void()> reached) override;
@@ -87,7 +90,7 @@ class CudaStream final : public Stream {
   void Fail(absl::Status status) { state_->Fail(std::move(status)); }
   bool IsUsable() const;  // also makes the stream's device the calling thread's
 
-  cudaStream_t handle() const { return stream_; }  // for measurements
+  cudaStream_t handle() const { return handles_.stream; }  // for measurements
   Fault* fault() const { return state_->fault(); }
   // Device memory for the kernels of this stream, kept from call to call: one piece per purpose, allocated when first
   // asked for. Null after an error.
@@ -95,17 +98,26 @@ class CudaStream final : public Stream {
   std::byte* Workspace(Purpose purpose, std::size_t size_bytes);
 
  private:
-  CudaStream(int device, Repeats repeats, cudaStream_t stream, cudaStream_t recorder, Buffer fault);
+  struct Handles {
+    cudaStream_t stream = nullptr;
+    // Only ever records: so `stream` may be asked for its state at any time, by any thread.
+    cudaStream_t recorder = nullptr;
+    // Runs notifications, each behind `mark`: on `stream`, what is queued next would wait until the host has run them.
+    cudaStream_t notifier = nullptr;
+    cudaEvent_t mark = nullptr;
+  };
+  static absl::Status Create(Handles& handles);
+  static void Destroy(const Handles& handles);
+  CudaStream(int device, Repeats repeats, const Handles& handles, Buffer fault);
   void Check(cudaError_t error, std::string_view what);
+  std::shared_ptr<Event> RecordWith(unsigned flags);
   void NotifyIfDead() const;
   cudaGraphExec_t RecordGraph(const std::function<void()>& queue);
 
   const int device_;
   const Repeats repeats_;
-  const cudaStream_t stream_;
-  // Only ever records: so `stream_` may be asked for its state at any time, by any thread.
-  const cudaStream_t recorder_;
-  cudaStream_t target_;  // of what is queued: stream_, or recorder_ while a graph is recorded
+  const Handles handles_;
+  cudaStream_t target_;  // of what is queued: the stream, or the recorder while a graph is recorded
   std::map<std::uint64_t, cudaGraphExec_t> graphs_;  // null: the key was met once
   const std::shared_ptr<StreamState> state_;
   std::byte* workspaces_[2] = {};

@@ -32,6 +32,7 @@ const std::string& Folder() {
 
 EngineOptions WithBlocks(std::int64_t blocks) {
   EngineOptions options;
+  options.overlap_steps = true;
   options.kv_cache_bytes = blocks * Rig::BlockBytes(Folder());
   return options;
 }

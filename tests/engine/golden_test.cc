@@ -46,6 +46,7 @@ TEST_P(Golden700, GreedyTokensAndLogprobs) {
   CpuDeviceOptions device_options;
   device_options.target = GetParam().target;
   EngineOptions options;
+  options.overlap_steps = true;
   options.max_num_batched_tokens = 64;
   const std::string folder = root + "/" + GetParam().folder;
   if (absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_options); !device.ok()) {

@@ -1,5 +1,6 @@
 // The first promise, in its present scope: what a request's logits are does not depend on what runs beside it, on how
-// its prompt is cut into chunks, on the token budget, on preemption, on prefix hits, or on the number of workers.
+// its prompt is cut into chunks, on the token budget, on preemption, on prefix hits, on steps that overlap, or on the
+// number of workers.
 // Compared by a hash of every step's logits, bit for bit.
 
 #include <algorithm>
@@ -98,14 +99,16 @@ std::vector<SequenceRequest> Workload(const TestModel& model) {
 EngineOptions Ample() {
   EngineOptions options;
   options.hash_logits = true;
+  options.overlap_steps = true;
   options.kv_cache_bytes = 64LL << 20;
   return options;
 }
 
-// Each request alone, without prefix caching.
+// Each request alone, without prefix caching, steps one by one.
 std::vector<Collected> Solo(const TestModel& model, const CpuDeviceOptions& device = {}) {
   EngineOptions options = Ample();
   options.enable_prefix_caching = false;
+  options.overlap_steps = false;
   Rig rig = Rig::Make(model.folder, options, device, model.dtype, nullptr, nullptr, model.quantization);
   std::vector<Collected> solo;
   for (SequenceRequest& request : Workload(model)) solo.push_back(rig.RunOne(std::move(request)));
@@ -183,6 +186,12 @@ TEST_P(Identity, BatchEqualsSoloUnderEveryRegime) {
     ExpectSame(solo, RunWith(options, device_));
   }
   {
+    SCOPED_TRACE("steps one by one");
+    EngineOptions options = Ample();
+    options.overlap_steps = false;
+    ExpectSame(solo, RunWith(options, device_));
+  }
+  {
     SCOPED_TRACE("one worker");
     CpuDeviceOptions one = device_;
     one.num_workers = 1;
@@ -254,10 +263,10 @@ class HandDriven {
     plan.num_tokens = count;
     plan.sequences.push_back({.sequence = &sequence, .samples = true});
     std::promise<void> done;
-    runner_->Launch(plan, store_->view(), [&] { done.set_value(); });
+    const StepRunner::Launched step = runner_->Launch(plan, store_->view(), [&] { done.set_value(); });
     done.get_future().wait();
     sequence.num_computed += count;
-    return runner_->results()[0];
+    return step.results[0];
   }
 
   // Row-wise KV bytes of the computed tokens, in position order: [layer][head][position].

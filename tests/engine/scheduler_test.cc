@@ -4,15 +4,17 @@
 //   pool B seqs S budget T chunk C [KEY VALUE]...    once, first
 //        caching on|off   policy fcfs|priority|kappa   choice auto|load|recompute|split   host BLOCKS
 //        ageing SECONDS   link, compute: tokens per second; without them speeds are unknown
+//        overlap on: a step that can be is planned while the one before it runs
 //   submit NAME PROMPT out N [same NAME2 SHARED] [priority P] [tenant T]
 //        prompt tokens are unique to NAME; the first SHARED equal NAME2's
 //   cancel NAME
+//   stop NAME                                        the next token sampled for it ends it
 //   reset                                            the device tier forgets cold blocks
 //   stored                                           every published block reaches the host tier
 //   lose N                                           of the restores to come, the Nth fails
 //   loaded                                           every block on its way up arrives
 //   time SECONDS                                     of the steps that follow
-//   step: LIST [; wait LIST] [; load LIST] [; preempted N] [; done LIST] [; hit N]
+//   step: [ahead] LIST [; wait LIST] [; load LIST] [; preempted N] [; done LIST] [; hit N]
 //        LIST of NAME:TOKENS in the plan's order, * where the last token is sampled; waiting in order; NAME:BLOCKS on
 //        their way up. `nothing` where the plan is empty
 //   steps N                                          that many steps, nothing expected
@@ -31,6 +33,7 @@
 #include <mutex>
 #include <optional>
 #include <random>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -102,6 +105,7 @@ struct Setup {
   std::uint32_t pool = 0;
   std::uint32_t host = 0;  // blocks; 0: no host tier
   Scheduler::Options options;
+  bool overlaps = false;
   double link = 0;  // tokens per second, as compute; 0: unknown
   double compute = 0;
 };
@@ -143,6 +147,7 @@ class World {
                             .before_copy = [this](const Transfer& transfer) { return link_.Pass(transfer); }},
                            [this] { link_.Wake(); })),
         costs_(CostsOf(setup)),
+        overlaps_(setup.overlaps),
         scheduler_(*store_, chain_, setup.options, nullptr, costs_ ? &*costs_ : nullptr) {}
   ~World() { link_.Open(true); }
 
@@ -165,7 +170,8 @@ class World {
     scheduler_.Add(std::move(sequence));
   }
 
-  void Cancel(const std::string& name) { scheduler_.Remove(scheduler_.Find(ids_.at(name))); }
+  void Cancel(const std::string& name) { End(scheduler_.Find(ids_.at(name))); }
+  void Stop(const std::string& name) { stopping_.insert(ids_.at(name)); }
   void Reset() { store_->EvictCold(); }
   void SetTime(double now) { now_ = now; }
   void Lose(int n) { link_.Lose(n); }
@@ -185,12 +191,14 @@ class World {
   // One step, described in the form that scenarios expect.
   std::string Step() {
     const int num_ended = link_.num_ended();
-    const StepPlan plan = scheduler_.Plan(now_);
+    const StepPlan plan = running_.empty() ? scheduler_.Plan(now_) : std::exchange(running_, {});
     EXPECT_TRUE(!plan.empty() || store_->has_transfers()) << "there is work and no step to make of it";
     if (store_->num_restoring() > 0) link_.AwaitHeld(num_ended);
     std::vector<std::string> planned;
+    if (plan.is_ahead()) planned.emplace_back("ahead");
     std::int32_t hit = 0;
     for (const PlannedSequence& each : plan.sequences) {
+      if (each.sequence == nullptr) continue;
       planned.push_back(absl::StrCat(NameOf(*each.sequence), ":", each.sequence->num_planned, each.samples ? "*" : ""));
       if (!seen_[each.sequence->request.id]) hit += each.sequence->num_cached;
       seen_[each.sequence->request.id] = true;
@@ -202,14 +210,17 @@ class World {
       if (!each->restoring.empty()) loading.push_back(absl::StrCat(NameOf(*each), ":", each->restoring.size()));
     }
     scheduler_.CheckInvariants();
-    scheduler_.Computed(plan);
+    if (overlaps_) running_ = scheduler_.PlanAhead(plan);
+    scheduler_.Computed(plan, running_.empty() ? nullptr : &running_);
     std::vector<std::string> done;
     for (const PlannedSequence& each : plan.sequences) {
-      if (!each.samples) continue;
-      each.sequence->tokens.push_back(7);
-      if (each.sequence->num_outputs() < each.sequence->request.sampling.max_tokens) continue;
-      done.push_back(NameOf(*each.sequence));
-      scheduler_.Remove(each.sequence);
+      if (each.sequence == nullptr || !each.samples) continue;
+      Sequence& sequence = *each.sequence;
+      sequence.tokens.push_back(7);
+      const bool is_last = sequence.num_outputs() >= sequence.request.sampling.max_tokens;
+      if (!is_last && !stopping_.contains(sequence.request.id)) continue;
+      done.push_back(NameOf(sequence));
+      End(&sequence);
     }
     scheduler_.CheckInvariants();
     std::string text = planned.empty() ? "nothing" : absl::StrJoin(planned, " ");
@@ -223,7 +234,7 @@ class World {
   }
 
   bool IsLive(const std::string& name) const { return scheduler_.Find(ids_.at(name)) != nullptr; }
-  bool has_work() const { return scheduler_.has_work(); }
+  bool has_work() const { return scheduler_.has_work() || !running_.empty(); }
   std::string Loading() const {
     const std::vector<Sequence*> all = scheduler_.All();
     return absl::StrCat("loading ",
@@ -240,6 +251,12 @@ class World {
       link_.AwaitMoreThan(num_ended);
     }
   }
+  void End(Sequence* sequence) {
+    for (PlannedSequence& each : running_.sequences) {
+      if (each.sequence == sequence) each.sequence = nullptr;
+    }
+    scheduler_.Remove(sequence);
+  }
   const std::string& NameOf(const Sequence& sequence) const { return names_.at(sequence.request.id); }
 
   KeyChain chain_{"0"};
@@ -249,6 +266,9 @@ class World {
   std::unique_ptr<KvStore> store_;
   std::optional<CostModel> costs_;
   double now_ = 0;
+  const bool overlaps_;
+  StepPlan running_;  // planned ahead
+  std::set<std::uint64_t> stopping_;
   Scheduler scheduler_;
   std::uint64_t next_id_ = 1;
   std::map<std::uint64_t, std::string> names_;
@@ -276,6 +296,9 @@ Setup ReadSetup(std::istream& words) {
     } else if (key == "caching") {
       words >> value;
       options.enable_prefix_caching = value == "on";
+    } else if (key == "overlap") {
+      words >> value;
+      setup.overlaps = value == "on";
     } else if (key == "policy") {
       words >> value;
       options.policy = SchedulingPolicyNamed(value).value();
@@ -325,6 +348,10 @@ void RunScenario(const std::string& path) {
       std::string name;
       words >> name;
       world->Cancel(name);
+    } else if (verb == "stop") {
+      std::string name;
+      words >> name;
+      world->Stop(name);
     } else if (verb == "reset") {
       world->Reset();
     } else if (verb == "stored") {
@@ -400,6 +427,7 @@ void RunAtRandom(SchedulingPolicy policy, LoadChoice choice, std::uint32_t seed)
   }
   if (random() % 4 > 0) setup.link = setup.compute = 100;
   setup.compute *= 1 + below(4);
+  setup.overlaps = random() % 2 == 0;
   World world(setup);
   std::vector<std::string> names;
   std::vector<std::int32_t> lengths;
@@ -422,6 +450,8 @@ void RunAtRandom(SchedulingPolicy policy, LoadChoice choice, std::uint32_t seed)
       world.Reset();
     } else if (action == 8) {
       world.Lose(1 + below(4));
+    } else if (!names.empty()) {
+      world.Stop(names[random() % names.size()]);
     }
     world.SetTime(now += 0.3);
     if (world.has_work()) world.Step();

@@ -57,6 +57,7 @@ std::vector<std::int32_t> Prompt(std::int32_t first, std::size_t length = kPromp
 EngineOptions Pool(std::int64_t blocks) {
   EngineOptions options;
   options.hash_logits = true;
+  options.overlap_steps = true;
   options.kv_cache_bytes = blocks * Rig::BlockBytes(Folder());
   return options;
 }

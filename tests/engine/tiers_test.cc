@@ -98,7 +98,7 @@ std::vector<std::vector<Turn>> Rounds() {
 
 std::vector<Collected> RunRounds(Rig& rig) { return RunTurns(rig, Rounds()); }
 
-// Solo, ample pool, no caching, no tiers.
+// Solo, ample pool, no caching, no tiers, steps one by one.
 const std::vector<Collected>& Expected() {
   static const std::vector<Collected> expected = [] {
     EngineOptions options;
@@ -145,6 +145,7 @@ bool ForceRestore(Rig& rig) {
 EngineOptions Pool(std::int64_t blocks, std::int32_t chunk) {
   EngineOptions options;
   options.hash_logits = true;
+  options.overlap_steps = true;
   options.kv_cache_bytes = blocks * Rig::BlockBytes(Folder());
   options.long_prefill_token_threshold = chunk;
   return options;

@@ -71,6 +71,10 @@ class HostFacingKernels final : public Kernels {
     Call call(device_, stream);
     EmbedArgs on_device = args;
     on_device.tokens = call.In(args.tokens, args.num_tokens);
+    if (args.sampled != nullptr && args.num_tokens > 0) {
+      on_device.sampled =
+          call.In(args.sampled, -std::int64_t{*std::min_element(args.tokens, args.tokens + args.num_tokens)});
+    }
     if (!tables_.contains(args.table.data)) {
       on_device.table.data =
           call.In(args.table.data, args.table.rows * args.table.row_stride * SizeOfInt(args.table.dtype));

@@ -39,6 +39,35 @@ TEST_P(RowKernelsTest, EmbedGathersRows) {
   }
 }
 
+TEST_P(RowKernelsTest, EmbedReadsTokensThatWereSampled) {
+  const Array table(DType::kF32, {0, 1, 2, 3, 4, 5, 6, 7});
+  const std::vector<std::int32_t> tokens = {SampledFrom(1), 3, SampledFrom(0), SampledFrom(1)};
+  std::vector<SampleResult> sampled(2);
+  sampled[0].token = 2;
+  sampled[1].token = 1;
+  std::vector<float> out(8);
+  rig_.kernels().Embed(rig_.stream(), {.tokens = tokens.data(),
+                                       .num_tokens = 4,
+                                       .table = ViewOf(table, 4, 2),
+                                       .out = out.data(),
+                                       .sampled = sampled.data()});
+  rig_.Finish();
+  EXPECT_EQ(out, (std::vector<float>{2, 3, 6, 7, 4, 5, 2, 3}));
+  sampled[1].token = 4;
+  rig_.kernels().Embed(rig_.stream(), {tokens.data(), 4, ViewOf(table, 4, 2), out.data(), sampled.data()});
+  const absl::Status status = rig_.stream().Record()->Await();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_NE(status.message().find("token 4 at row 0"), absl::string_view::npos) << status;
+}
+
+TEST_P(RowKernelsTest, SampledTokenWithoutItsSourceFailsTheStream) {
+  const Array table(DType::kF32, std::vector<float>(8, 1));
+  const std::vector<std::int32_t> tokens = {SampledFrom(0)};
+  std::vector<float> out(4);
+  rig_.kernels().Embed(rig_.stream(), {tokens.data(), 1, ViewOf(table, 2, 4), out.data()});
+  EXPECT_EQ(rig_.stream().Record()->Await().code(), absl::StatusCode::kInternal);
+}
+
 TEST_P(RowKernelsTest, EmbedOutsideTheTableFailsTheStream) {
   const Array table(DType::kF32, std::vector<float>(8, 1));
   const std::vector<std::int32_t> tokens = {0, 2};

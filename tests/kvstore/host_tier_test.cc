@@ -92,9 +92,11 @@ class HastyStream : public Stream {
     class Reached : public Event {
       bool Ready() const override { return true; }
       absl::Status Await() override { return absl::OkStatus(); }
+      double SecondsSince(const Event&) const override { return 0; }
     };
     return std::make_shared<Reached>();
   }
+  std::shared_ptr<Event> RecordTime() override { return Record(); }
   void Wait(const std::shared_ptr<Event>&) override {}
   void Notify(std::function<void()> reached) override { reached(); }
   absl::Status status() const override { return absl::OkStatus(); }
