@@ -233,6 +233,7 @@ EngineOptions EngineOptionsOf(const Options& options, const Capacity& capacity) 
   engine.long_prefill_token_threshold = static_cast<std::int32_t>(options.scheduling.long_prefill_token_threshold);
   engine.max_queued_requests = static_cast<std::int32_t>(options.scheduling.max_num_queued_reqs);
   engine.scheduling_policy = SchedulingPolicyNamed(options.scheduling.policy).value();
+  engine.overlap_steps = options.scheduling.async_scheduling.value_or(options.device.device == "cuda");
   engine.load_choice = LoadChoiceNamed(options.scheduling.load_choice).value();
   engine.activation_recompute = static_cast<std::int32_t>(options.cache.kv_activation_recompute);
   engine.enable_prefix_caching = options.cache.enable_prefix_caching;

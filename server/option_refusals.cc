@@ -71,7 +71,6 @@ constexpr auto kRefused = std::to_array<RefusedFlag>({
     {"api-server-count", kRemote},
     {"headless", kRemote},
     {"disable-frontend-multiprocessing", kRemote},
-    {"async-scheduling", kRemote},
     {"stream-interval", kRemote},
     {"enable-lora", kLora},
     {"enable-lora-bias", kLora},

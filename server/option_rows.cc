@@ -85,7 +85,7 @@ absl::Status AssignOption(const OptionRow& row, const std::vector<std::string>& 
         } else if constexpr (std::is_same_v<Value, std::string>) {
           if (const absl::Status status = CheckText(row, text, source); !status.ok()) return status;
           value = text;
-        } else if constexpr (std::is_same_v<Value, bool>) {
+        } else if constexpr (std::is_same_v<Value, bool> || std::is_same_v<Value, std::optional<bool>>) {
           const std::optional<bool> parsed = ParseBool(text);
           if (!parsed) return Bad(source, text, "is neither true nor false");
           value = *parsed;
@@ -115,6 +115,9 @@ std::string ShowOption(const OptionRow& row, const Options& options) {
           return value;
         } else if constexpr (std::is_same_v<Value, bool>) {
           return value ? "true" : "false";
+        } else if constexpr (std::is_same_v<Value, std::optional<bool>>) {
+          if (!value) return "unset";
+          return *value ? "true" : "false";
         } else if constexpr (std::is_same_v<Value, std::optional<double>> ||
                              std::is_same_v<Value, std::optional<std::int64_t>>) {
           return value ? ShowNumber(static_cast<double>(*value)) : "unset";

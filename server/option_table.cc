@@ -294,6 +294,16 @@ std::vector<OptionRow> MakeTable() {
                "arrival "
                "within what waits for the link and what waits for compute, so that both stay busy.",
        .vllm = "--scheduling-policy"},
+      {.name = "async-scheduling",
+       .commands = kEngines,
+       .kind = kFlag,
+       .target = SPILLWAY_AT(scheduling.async_scheduling),
+       .group = "Scheduling",
+       .help = "Plan and queue a decoding step while the one before it runs, so that the device does not wait for the "
+               "host. "
+               "A request that arrives may wait for one step more. Output is the same.",
+       .default_note = "on with the cuda device",
+       .vllm = "--async-scheduling"},
       {.name = "kv-load-choice",
        .commands = kEngines | kReplay,
        .target = SPILLWAY_AT(scheduling.load_choice),

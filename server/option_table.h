@@ -17,9 +17,10 @@ namespace spillway {
 
 enum class ValueKind : std::uint8_t { kFlag, kCount, kBytes, kSeconds, kNumber, kText, kTextList };
 
-using OptionTarget = std::variant<bool& (*)(Options&), std::int64_t& (*)(Options&), double& (*)(Options&),
-                                  std::string& (*)(Options&), std::optional<std::int64_t>& (*)(Options&),
-                                  std::optional<double>& (*)(Options&), std::vector<std::string>& (*)(Options&)>;
+using OptionTarget =
+    std::variant<bool& (*)(Options&), std::int64_t& (*)(Options&), double& (*)(Options&), std::string& (*)(Options&),
+                 std::optional<bool>& (*)(Options&), std::optional<std::int64_t>& (*)(Options&),
+                 std::optional<double>& (*)(Options&), std::vector<std::string>& (*)(Options&)>;
 
 // Values that a range does not hold but that mean something: "auto" for 0, say.
 struct SpecialValue {

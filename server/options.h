@@ -71,6 +71,7 @@ struct SchedulingChoice {
   std::int64_t max_num_batched_tokens = 2048;
   std::int64_t long_prefill_token_threshold = 0;  // 0: the whole budget
   std::int64_t max_num_queued_reqs = 4096;
+  std::optional<bool> async_scheduling;  // unset: on the cuda device
 };
 
 struct ListenChoice {
