@@ -3,6 +3,7 @@
 #include <cublasLt.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdlib>
 #include <utility>
@@ -17,8 +18,10 @@ namespace spillway::cuda {
 namespace {
 
 constexpr int kHeaderMajor = CUBLAS_VER_MAJOR;
-// Rows for which the one algorithm of the invariant mode is chosen: a decode batch or a small chunk.
+// Rows for which the one algorithm of the invariant mode is chosen: a decode batch or a small chunk; and those that it
+// must take as well.
 constexpr std::int64_t kInvariantRows = 64;
+constexpr std::int64_t kInvariantRowsToTake[] = {1, 2, 7, 16, 33, 128, 512, 2048, 8192};
 constexpr int kMaxAlgorithms = 16;
 
 std::vector<std::string> PlacesToLook(const std::string& library) {
@@ -51,6 +54,7 @@ struct Blas::Library {
   decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy = nullptr;
   decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set = nullptr;
   decltype(&cublasLtMatmulAlgoGetHeuristic) get_heuristic = nullptr;
+  decltype(&cublasLtMatmulAlgoCheck) check_algorithm = nullptr;
   decltype(&cublasLtMatmulAlgoConfigGetAttribute) get_config = nullptr;
   cublasLtHandle_t handle = nullptr;
   std::size_t version = 0;
@@ -80,6 +84,7 @@ struct Blas::Library {
     find(preference_destroy, "cublasLtMatmulPreferenceDestroy");
     find(preference_set, "cublasLtMatmulPreferenceSetAttribute");
     find(get_heuristic, "cublasLtMatmulAlgoGetHeuristic");
+    find(check_algorithm, "cublasLtMatmulAlgoCheck");
     find(get_config, "cublasLtMatmulAlgoConfigGetAttribute");
     if (missing != nullptr) return absl::FailedPreconditionError(absl::StrCat(path, " has no ", missing));
     version = get_version();
@@ -126,6 +131,17 @@ struct Blas::Plan {
   ~Plan() {
     if (desc != nullptr) library.desc_destroy(desc);
     if (weight != nullptr) library.layout_destroy(weight);
+  }
+
+  bool Takes(const cublasLtMatmulAlgo_t& candidate, std::int64_t m, std::int64_t n, std::int64_t k) const {
+    const cublasLtMatrixLayout_t a = library.NewLayout(type, m, k);
+    const cublasLtMatrixLayout_t out = library.NewLayout(CUDA_R_32F, m, n);
+    cublasLtMatmulHeuristicResult_t result = {};
+    const cublasStatus_t status =
+        library.check_algorithm(library.handle, desc, weight, a, out, out, &candidate, &result);
+    library.layout_destroy(a);
+    library.layout_destroy(out);
+    return status == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= kWorkspaceBytes;
   }
 };
 
@@ -190,7 +206,8 @@ std::unique_ptr<Blas::Plan> Blas::MakePlan(const Key& key, std::int64_t m) const
       std::int32_t num_splits = 1;
       std::size_t written = 0;
       blas.get_config(&results[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &num_splits, sizeof(num_splits), &written);
-      if (num_splits > 1) continue;
+      const auto takes = [&](std::int64_t rows) { return plan->Takes(results[i].algo, rows, key.n, key.k); };
+      if (num_splits > 1 || !std::ranges::all_of(kInvariantRowsToTake, takes)) continue;
     }
     plan->algorithm = results[i].algo;
     plan->is_usable = true;
@@ -198,22 +215,36 @@ std::unique_ptr<Blas::Plan> Blas::MakePlan(const Key& key, std::int64_t m) const
   return plan;
 }
 
-const Blas::Plan& Blas::PlanFor(const BlasGemm& gemm) {
-  const std::int64_t bucket = choice_ == BlasChoice::kInvariant
-                                  ? 0
-                                  : static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(gemm.m)));
-  const Key key = {gemm.dtype, gemm.add, gemm.bias != nullptr, bucket, gemm.n, gemm.k};
+const Blas::Plan& Blas::PlanFor(const BlasGemm& gemm, std::int64_t m) {
+  const Key key = {gemm.dtype, gemm.add, gemm.bias != nullptr, m, gemm.n, gemm.k};
   const std::lock_guard<std::mutex> lock(mutex_);
   std::unique_ptr<Plan>& plan = plans_[key];
-  if (plan == nullptr) plan = MakePlan(key, bucket == 0 ? kInvariantRows : bucket);
+  if (plan == nullptr) plan = MakePlan(key, m == 0 ? kInvariantRows : m);
   return *plan;
 }
 
 bool Blas::Gemm(CudaStream& stream, const BlasGemm& gemm) {
   const auto is_aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
   if (!is_aligned(gemm.a) || !is_aligned(gemm.weight) || !is_aligned(gemm.out) || !is_aligned(gemm.bias)) return false;
-  const Plan& plan = PlanFor(gemm);
-  if (!plan.is_usable) return false;
+  if (choice_ == BlasChoice::kInvariant) {
+    const Plan& plan = PlanFor(gemm, 0);
+    if (!plan.is_usable) return false;
+    if (!Multiply(stream, gemm, plan)) {
+      stream.Fail(absl::UnimplementedError(absl::StrCat("cuBLASLt: gemm of ", gemm.m, " x ", gemm.n, " x ", gemm.k,
+                                                        ": the algorithm of all other rows refuses these")));
+    }
+    return true;
+  }
+  const auto bucket = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(gemm.m)));
+  const Plan& plan = PlanFor(gemm, bucket);
+  if (plan.is_usable && Multiply(stream, gemm, plan)) return true;
+  if (bucket == gemm.m) return false;
+  // What was chosen for the bucket may refuse fewer rows.
+  const Plan& exact = PlanFor(gemm, gemm.m);
+  return exact.is_usable && Multiply(stream, gemm, exact);
+}
+
+bool Blas::Multiply(CudaStream& stream, const BlasGemm& gemm, const Plan& plan) {
   std::byte* const workspace = stream.Workspace(CudaStream::Purpose::kGemm, kWorkspaceBytes);
   if (workspace == nullptr) return true;  // the stream has failed
 
@@ -239,7 +270,6 @@ bool Blas::Gemm(CudaStream& stream, const BlasGemm& gemm) {
   blas.layout_destroy(a);
   blas.layout_destroy(out);
   if (status == CUBLAS_STATUS_SUCCESS) return true;
-  // An algorithm chosen for the bucket may refuse a smaller m.
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return false;
   stream.Fail(absl::UnavailableError(
       absl::StrCat("cuBLASLt: gemm of ", gemm.m, " x ", gemm.n, " x ", gemm.k, ": status ", static_cast<int>(status))));

@@ -28,8 +28,8 @@ struct BlasGemm {
   float* out = nullptr;
 };
 
-// kFastest: the heuristics' first choice for each power of two of m. kInvariant: one algorithm per (n, k) whatever m
-// is, without split k, so that a row's bits do not depend on m.
+// kFastest: the heuristics' first choice for each power of two of m, or for m itself where that refuses it. kInvariant:
+// one algorithm per (n, k) whatever m is, without split k, so that a row's bits do not depend on m.
 enum class BlasChoice : std::uint8_t { kFastest, kInvariant };
 
 // Any thread. The library stays loaded for the life of the process.
@@ -56,14 +56,15 @@ class Blas {
     DType dtype;
     bool add;
     bool has_bias;
-    std::int64_t m;  // the bucket; 0 in invariant mode
+    std::int64_t m;  // rows that it is chosen for; 0 in invariant mode
     std::int64_t n;
     std::int64_t k;
     auto operator<=>(const Key&) const = default;
   };
 
   Blas(std::unique_ptr<Library> library, BlasChoice choice);
-  const Plan& PlanFor(const BlasGemm& gemm);
+  const Plan& PlanFor(const BlasGemm& gemm, std::int64_t m);
+  bool Multiply(CudaStream& stream, const BlasGemm& gemm, const Plan& plan);  // false: refused, nothing is queued
   std::unique_ptr<Plan> MakePlan(const Key& key, std::int64_t m) const;
 
   const std::unique_ptr<Library> library_;

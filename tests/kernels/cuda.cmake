@@ -48,15 +48,22 @@ add_library(cuda_emulated OBJECT
   ${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.cc ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_runtime.cc)
 target_include_directories(cuda_emulated SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
 target_link_libraries(cuda_emulated PRIVATE spillway_flags absl::status absl::statusor absl::strings)
+# Stands in for cuBLASLt; it queues by the runtime in the program that opens it, so these programs export that.
+add_library(cuda_emulated_blas MODULE ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_blas.cc)
+target_include_directories(cuda_emulated_blas SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
+target_link_libraries(cuda_emulated_blas PRIVATE spillway_flags)
+function(spillway_emulated_test name)
+  spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated ${ARGN}
+                     SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
+                     DEFINITIONS SPILLWAY_CUDA_EMULATED SPILLWAY_EMULATED_CUBLASLT="$<TARGET_FILE:cuda_emulated_blas>")
+  set_target_properties(cuda_emulated_${name}_test PROPERTIES ENABLE_EXPORTS ON)
+  add_dependencies(cuda_emulated_${name}_test cuda_emulated_blas)
+endfunction()
 foreach(name IN ITEMS conformance device)
-  spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
-                     DEFINITIONS SPILLWAY_CUDA_EMULATED FILTER -*Frequencies*:*ChunksTokens*float16:*AllMachines*)  # what takes longest
+  spillway_emulated_test(${name} FILTER -*Frequencies*:*ChunksTokens*float16:*AllMachines*)  # what takes longest
 endforeach()
 function(spillway_emulated_engine_test name filter)
-  spillway_cuda_test(cuda_emulated_${name}_test cuda_emulated
-                     SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc $<TARGET_OBJECTS:cuda_emulated>
-                     DEFINITIONS SPILLWAY_CUDA_EMULATED LIBS spillway_engine nlohmann_json::nlohmann_json
-                     FILTER ${filter})
+  spillway_emulated_test(${name} LIBS spillway_engine nlohmann_json::nlohmann_json FILTER ${filter})
 endfunction()
 # A few of minutes' worth.
 spillway_emulated_engine_test(float16 *)

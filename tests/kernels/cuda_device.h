@@ -24,8 +24,8 @@ inline CudaDeviceOptions CudaTestOptions() {
   CudaDeviceOptions options;
   options.memory_bytes = std::size_t{128} << 20;
   options.batch_invariant = true;
-#ifdef SPILLWAY_CUDA_EMULATED
-  options.cublaslt = "none";
+#ifdef SPILLWAY_EMULATED_CUBLASLT
+  options.cublaslt = SPILLWAY_EMULATED_CUBLASLT;
 #endif
   return options;
 }

@@ -383,6 +383,44 @@ TEST_P(CudaGemmTest, MatchesTheOracleAndARowDoesNotDependOnTheOthers) {
   }
 }
 
+// The fastest algorithm of a power of two of rows may refuse fewer: then one is chosen for these.
+TEST(CudaBlasTest, FastestAlgorithmsTakeEveryNumberOfRows) {
+  CudaDeviceOptions options = CudaTestOptions();
+  options.batch_invariant = false;
+  SPILLWAY_CUDA_OR_SKIP(device, options);
+  const HostFacingKernels kernels(*device);
+  const auto stream = device->NewStream().value();
+  Random random(6);
+  constexpr std::int64_t kColumns = 40;
+  constexpr std::int64_t kDepth = 72;
+  const Array w(DType::kBF16, random.Normals(kColumns * kDepth));
+  const MatrixView view = {w.data(), DType::kBF16, kColumns, kDepth, kDepth};
+  const auto weight = kernels.Pack({&view, 1}).value();
+  for (const std::int64_t num_rows : {1, 3, 16, 21, 64, 65}) {
+    const Array a(DType::kBF16, random.Normals(static_cast<std::size_t>(num_rows * kDepth)));
+    std::vector<float> out(static_cast<std::size_t>(num_rows * kColumns), 1.0F);
+    GemmArgs args;
+    args.a = a.data();
+    args.a_dtype = DType::kBF16;
+    args.num_rows = num_rows;
+    args.weight = weight.get();
+    args.output = GemmOutput::kAdd;
+    args.out = out.data();
+    kernels.Gemm(*stream, args);
+    ASSERT_TRUE(stream->Record()->Await().ok()) << stream->status();
+    for (std::int64_t m = 0; m < num_rows; ++m) {
+      for (std::int64_t n = 0; n < kColumns; ++n) {
+        double sum = 1;
+        for (std::int64_t k = 0; k < kDepth; ++k) {
+          sum +=
+              double{a.at(static_cast<std::size_t>(m * kDepth + k))} * w.at(static_cast<std::size_t>(n * kDepth + k));
+        }
+        ASSERT_NEAR(out[static_cast<std::size_t>(m * kColumns + n)], sum, 1e-4) << num_rows << " rows";
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaGemmTest, testing::Values(DType::kF32, DType::kBF16, DType::kF16),
                          [](const auto& dtype) { return std::string(NameOf(dtype.param)); });
 
