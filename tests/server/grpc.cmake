@@ -8,3 +8,6 @@ spillway_test(program_test SOURCES bench_test.cc demo_model_test.cc host_test.cc
               LIBS spillway_program fmt::fmt nlohmann_json::nlohmann_json)
 include(${CMAKE_SOURCE_DIR}/tests/e2e/e2e.cmake)
 include(${CMAKE_SOURCE_DIR}/tests/headers.cmake)
+if(SPILLWAY_CUDA)
+  add_test(NAME cuda.program COMMAND ${CMAKE_COMMAND} -DPROGRAM=$<TARGET_FILE:spillway> -P ${CMAKE_CURRENT_LIST_DIR}/cuda_program.cmake)
+endif()

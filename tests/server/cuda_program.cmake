@@ -1,0 +1,15 @@
+# cmake -DPROGRAM=<spillway, built with the cuda device> -P cuda_program.cmake: the one binary needs no CUDA library to start and
+# to compute on the CPU, and says so by name where it is asked for a GPU that is not there.
+find_program(readelf readelf REQUIRED)
+execute_process(COMMAND ${readelf} -d ${PROGRAM} OUTPUT_VARIABLE dynamic COMMAND_ERROR_IS_FATAL ANY)
+if(dynamic MATCHES "NEEDED[^\n]*lib(cuda|cudart|cublas|cublasLt|nvrtc|cudnn)[.-]")
+  message(FATAL_ERROR "${PROGRAM} is linked to ${CMAKE_MATCH_0}")
+endif()
+execute_process(COMMAND ${PROGRAM} check --device cpu RESULT_VARIABLE failed OUTPUT_VARIABLE said ERROR_VARIABLE said)
+if(failed)
+  message(FATAL_ERROR "check --device cpu: ${failed}\n${said}")
+endif()
+execute_process(COMMAND ${PROGRAM} check --device cuda RESULT_VARIABLE failed OUTPUT_VARIABLE said ERROR_VARIABLE said)
+if(failed AND NOT said MATCHES "no CUDA device")
+  message(FATAL_ERROR "check --device cuda: neither computes nor says 'no CUDA device':\n${said}")
+endif()
