@@ -1,8 +1,8 @@
 // engine_bench --folder FOLDER [--device cuda|cpu] [--layers N] [--json FILE] [--commit NAME] [--machine TEXT]: the
 // engine end to end on a seeded random model of Llama-3-8B's shape, which is written to FOLDER first if that has none:
-// prefill, decoding with and without CUDA graphs, sessions that come back from the host tier, and a sequence whose KV
-// stays there. --layers makes it a smaller one,
-// --device cpu runs it where there is no GPU; neither gives numbers worth keeping.
+// prefill, decoding with and without CUDA graphs, with steps that overlap and one by one, sessions that come back from
+// the host tier, and a sequence whose KV stays there. --layers makes it a smaller one, --device cpu runs it where there
+// is no GPU; neither gives numbers worth keeping.
 
 #include <algorithm>
 #include <chrono>
@@ -12,6 +12,7 @@
 #include <future>
 #include <mutex>
 #include <random>
+#include <thread>
 #include <utility>
 
 #include "bench/gpu/random_llama.h"
@@ -86,7 +87,7 @@ std::vector<std::int32_t> Prompt(std::int64_t length, std::int64_t vocab, unsign
 class EngineBench {
  public:
   EngineBench(const Arguments& arguments, bool enforce_eager, Results& results)
-      : shape_(arguments.shape), mode_(enforce_eager ? ", eager" : ""), results_(results) {
+      : mode_(enforce_eager ? ", eager" : ""), results_(results) {
     CudaDeviceOptions options;
     options.enforce_eager = enforce_eager;
     absl::StatusOr<std::unique_ptr<Device>> device =
@@ -96,12 +97,16 @@ class EngineBench {
       std::exit(2);
     }
     device_ = *std::move(device);
+    if (!std::filesystem::exists(arguments.folder + "/model.safetensors")) {
+      WriteRandomLlama(arguments.folder, arguments.shape);
+    }
     const auto begin = std::chrono::steady_clock::now();
     absl::StatusOr<std::unique_ptr<Model>> model =
         Model::Load(arguments.folder, DTypeChoice::kAuto, Quantization::kNone, *device_, nullptr);
     SPILLWAY_CHECK(model.ok()) << model.status();
     model_ = *std::move(model);
     const double us = Microseconds(begin);
+    shape_ = ShapeOf(model_->config());
     results_.Report({"engine",
                      "load and pack weights" + mode_,
                      {us, 0},
@@ -112,7 +117,7 @@ class EngineBench {
   const Device& device() const { return *device_; }
 
   void Prefill(std::int64_t length) {
-    Start(length + kBlockTokens, 0);
+    Start(length + kBlockTokens, 0, /*overlaps=*/true);
     Run(1, length, 1, 7);
     steps_.Take();
     Run(1, length, 1, 8);
@@ -128,18 +133,27 @@ class EngineBench {
     results_.Report({"engine", what, {us, 0}, flops / us * 1e-6, "TFLOP/s", 0});
   }
 
-  void Decode(int batch, std::int64_t context, std::int32_t num_tokens) {
-    Start(batch * (context + num_tokens + kBlockTokens), 0);
+  void Decode(int batch, std::int64_t context, std::int32_t num_tokens, bool overlaps) {
+    Start(batch * (context + num_tokens + kBlockTokens), 0, overlaps);
     Run(batch, context, num_tokens, 1);
     std::vector<double> times;
+    std::vector<double> idle;
     for (const StepReport& step : steps_.Take()) {
-      if (step.num_prefill_tokens == 0 && step.num_generated == batch) times.push_back(step.seconds * 1e6);
+      if (step.num_prefill_tokens > 0 || step.num_generated != batch) continue;
+      times.push_back(step.seconds * 1e6);
+      idle.push_back(step.idle_seconds * 1e6);
     }
     SPILLWAY_CHECK(times.size() > 4) << "no " << batch << " sequences decoded together";
     times.erase(times.begin(), times.begin() + 3);  // run as they are, recorded, warmed up
+    idle.erase(idle.begin(), idle.begin() + 3);
     const Measured time = Median(times);
-    const std::string what = "decode, batch " + std::to_string(batch) + ", context " + std::to_string(context) + mode_;
+    const Measured between = Median(idle);
+    const std::string what = "decode, batch " + std::to_string(batch) + ", context " + std::to_string(context) + mode_ +
+                             (overlaps ? "" : ", steps one by one");
     results_.Report({"engine", what, time, batch / time.median_us * 1e6, "tokens/s", 0});
+    // From the last kernel of a step to the first one of the next.
+    results_.Report(
+        {"engine", what + ", idle between", between, 100 * between.median_us / time.median_us, "% of it", 0});
     const double bytes = 2.0 * static_cast<double>(shape_.product_weights()) +
                          1.0 * batch * static_cast<double>((context + num_tokens / 2) * shape_.kv_bytes_per_token());
     results_.Report({"engine", what + ", weights and KV", time, bytes / time.median_us * 1e-3, "GB/s", 0});
@@ -147,8 +161,9 @@ class EngineBench {
 
   // Two sessions that do not fit the device together, and the first one again.
   void Return(std::int64_t context) {
-    Start(context + context / 2, 3 * context);
+    Start(context + context / 2, 3 * context, /*overlaps=*/true);
     const double cold = Run(1, context, 1, 21);
+    while (engine_->status().unstored_blocks > 0) std::this_thread::yield();
     Run(1, context, 1, 22);
     const EngineStatus before = engine_->status();
     const double warm = Run(1, context, 1, 21);
@@ -170,7 +185,7 @@ class EngineBench {
 
   // One sequence of which the device holds 4,096 tokens at most.
   void Beyond(std::int64_t context, std::int32_t num_tokens) {
-    Start(std::min<std::int64_t>(4096, context / 2), context + num_tokens + kSegmentTokens);
+    Start(std::min<std::int64_t>(4096, context / 2), context + num_tokens + kSegmentTokens, /*overlaps=*/true);
     Run(1, context, num_tokens, 31);
     std::vector<double> times;
     double prefill_us = 0;
@@ -195,18 +210,30 @@ class EngineBench {
   static Measured Median(std::vector<double>& times) {
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2];
-    return {median, (times[times.size() * 9 / 10] - times[times.size() / 10]) / median};
+    return {median, median > 0 ? (times[times.size() * 9 / 10] - times[times.size() / 10]) / median : 0};
   }
   static double Microseconds(std::chrono::steady_clock::time_point begin) {
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();
   }
 
+  static LlamaShape ShapeOf(const ModelConfig& config) {
+    return {.layers = config.num_layers,
+            .hidden = config.hidden,
+            .inner = config.inner,
+            .heads = config.num_heads,
+            .kv_heads = config.num_kv_heads,
+            .head_dim = config.head_dim,
+            .vocab = config.vocab,
+            .max_positions = config.max_positions};
+  }
+
   // An engine whose device and host tiers hold so many tokens.
-  void Start(std::int64_t device_tokens, std::int64_t host_tokens) {
+  void Start(std::int64_t device_tokens, std::int64_t host_tokens, bool overlaps) {
     engine_.reset();
     host_.reset();
     const std::size_t block_bytes = model_->kv_layout().block_bytes();
     EngineOptions options;
+    options.overlap_steps = overlaps;
     options.kv_cache_bytes = (device_tokens / kBlockTokens + 1) * static_cast<std::int64_t>(block_bytes);
     options.max_model_len = static_cast<std::int32_t>(std::min(device_tokens + host_tokens, shape_.max_positions));
     if (host_tokens > 0) {
@@ -246,7 +273,7 @@ class EngineBench {
     return Microseconds(begin);
   }
 
-  const LlamaShape shape_;
+  LlamaShape shape_;  // of the model in the folder
   const std::string mode_;
   Results& results_;
   std::unique_ptr<Device> device_;
@@ -257,9 +284,6 @@ class EngineBench {
 };
 
 int Main(const Arguments& arguments) {
-  if (!std::filesystem::exists(arguments.folder + "/model.safetensors")) {
-    WriteRandomLlama(arguments.folder, arguments.shape);
-  }
   Results results;
   const bool is_cuda = arguments.device == "cuda";
   std::string description;
@@ -270,14 +294,19 @@ int Main(const Arguments& arguments) {
       if (is_cuda || length <= 512) bench.Prefill(length);
     }
     for (const auto& [batch, context] : {std::pair{1, 1024}, {1, 32768}, {16, 1024}, {64, 1024}}) {
-      if (is_cuda || batch * context <= 1024) bench.Decode(batch, context, 48);
+      if (!is_cuda && batch * context > 1024) continue;
+      bench.Decode(batch, context, 48, /*overlaps=*/true);
+      if (context == 1024) bench.Decode(batch, context, 48, /*overlaps=*/false);
     }
     bench.Return(is_cuda ? 16384 : 512);
     bench.Beyond(is_cuda ? 32768 : 1280, is_cuda ? 33 : 5);
   }
   if (is_cuda) {
     EngineBench bench(arguments, /*enforce_eager=*/true, results);
-    for (const auto& [batch, context] : {std::pair{1, 1024}, {16, 1024}}) bench.Decode(batch, context, 48);
+    for (const auto& [batch, context] : {std::pair{1, 1024}, {16, 1024}}) {
+      bench.Decode(batch, context, 48, /*overlaps=*/true);
+      bench.Decode(batch, context, 48, /*overlaps=*/false);
+    }
   }
   if (!arguments.json.empty()) results.WriteJson(arguments.json, {description, arguments.commit, arguments.machine});
   return 0;

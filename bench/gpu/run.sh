@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, checks and times the cuda device on a machine with a GPU, in under ten minutes: the conformance suites, the goldens,
 # the identity suites of the engine, the kernels' and the engine's benchmarks, torch and transformers beside them where python3 has
-# them, and compute-sanitizer. Results: a table, and JSON under $OUT or docs/results/.
+# them, and compute-sanitizer. Results: a table, the verdict on every bar, and JSON under $OUT or docs/results/<GPU>/.
 #
 #   bench/gpu/run.sh [quick | sanitize]      quick: no sanitizer, no torch; sanitize: every tool over whole suites, an hour perhaps
 #
@@ -11,10 +11,8 @@ cd "$(dirname "$0")/../.."
 mode=${1:-full}
 case $mode in full | quick) budget=590 ;; sanitize) budget=7200 ;; *) sed -n 2,8p "$0"; exit 2 ;; esac
 build=${BUILD:-build/gpu}
-out=${OUT:-docs/results}
 commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
-mkdir -p "$build" "$out"
 table=()
 failed=0
 
@@ -47,6 +45,8 @@ finish() {
 gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max --format=csv,noheader | head -1) \
   && [ -n "$gpu" ] || { echo "no CUDA device"; exit 2; }
 echo "$gpu"
+out=${OUT:-docs/results/$(cut -d, -f1 <<<"$gpu" | tr 'A-Z ' 'a-z-')}
+mkdir -p "$build" "$out"
 
 carried=()
 if [ -f build/gpu-carry/deps.tar.gz ]; then
@@ -105,6 +105,7 @@ if [ "$mode" = full ]; then
   else
     echo "no torch here: nothing beside us"
   fi
+  step "bars" 10 python3 bench/gpu/verdict.py "$out"
   sanitize_all memcheck racecheck
 fi
 finish
