@@ -201,10 +201,15 @@ Int8Sum RoundRow(const T* row, std::int64_t size, std::int8_t* out) {
   for (std::int64_t i = 0; i < size; i += kLanes) {
     const auto integers = hn::NearestInt(hn::Mul(load(i), inverse));
     sum = hn::Add(sum, integers);
-    HWY_ALIGN std::int32_t lanes[kLanes];
-    hn::Store(integers, wide, lanes);
-    const auto count = std::min<std::int64_t>(kLanes, size - i);
-    for (std::int64_t lane = 0; lane < count; ++lane) out[i + lane] = static_cast<std::int8_t>(lanes[lane]);
+    const hn::Rebind<std::int8_t, I> narrow;
+    const auto bytes = hn::DemoteTo(narrow, integers);
+    if (i + static_cast<std::int64_t>(kLanes) <= size) {
+      hn::StoreU(bytes, narrow, out + i);
+      continue;
+    }
+    HWY_ALIGN std::int8_t lanes[kLanes];
+    hn::Store(bytes, narrow, lanes);
+    std::copy_n(lanes, size - i, out + i);
   }
   HWY_ALIGN std::int32_t lanes[kLanes];
   hn::Store(sum, wide, lanes);
