@@ -37,7 +37,10 @@ constexpr int kTileBytes = 2 * kKeysPerTile* kDim * 2;  // K, then V
 template <int kDim>
 constexpr int kQueryBytes = kRowsPerWarp* kDim * 2;  // of one warp
 template <int kDim, int kWarps>
-constexpr int kSharedBytes = kStages* kTileBytes<kDim> + kWarps* kQueryBytes<kDim>;  // at most 96 KiB: fits sm_120
+constexpr int kSharedBytes = kStages* kTileBytes<kDim> + kWarps* kQueryBytes<kDim>;
+// What a block may have on sm_120, the smallest of our targets; beside it are RowTargets of every thread.
+constexpr int kMaxSharedBytes = 99 << 10;
+static_assert(kSharedBytes<128, kPrefillWarps> + kPrefillWarps * 32 * 8 <= kMaxSharedBytes);
 
 // Byte of 16-byte piece `piece` of row `row` in a tile of q, K or V. The pieces of 8 rows at one column fall into
 // different banks: their low three bits are exchanged by the row.
@@ -273,6 +276,7 @@ __device__ __forceinline__ void MergeSegment(const WarpState<kDim>& segment, flo
 struct RowTargets {
   std::int32_t at[2];
 };
+static_assert(sizeof(RowTargets) == 8);
 
 __device__ __forceinline__ RowTargets TargetsOf(const AttentionParams& params, const RowSpan& rows,
                                                 const AttentionItem& item, const int (&lane_rows)[2]) {

@@ -102,6 +102,45 @@ TEST(CudaStreamTest, CopiesAreBitExactAndInOrder) {
   }
 }
 
+TEST(CudaStreamTest, EventsTellTheTimeBetweenThemAcrossStreams) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto first = device->NewStream().value();
+  const auto second = device->NewStream().value();
+  constexpr std::size_t kBytes = std::size_t{32} << 20;
+  const Buffer from = device->Allocate(MemoryKind::kDevice, kBytes).value();
+  const Buffer to = device->Allocate(MemoryKind::kDevice, kBytes).value();
+  const auto begin = first->RecordTime();
+  first->Copy(to.get(), from.get(), kBytes);
+  const auto end = first->RecordTime();
+  second->Wait(end);
+  second->Copy(from.get(), to.get(), kBytes);
+  const auto later = second->RecordTime();
+  ASSERT_TRUE(later->Await().ok());
+  EXPECT_GT(end->SecondsSince(*begin), 0);
+  EXPECT_GT(later->SecondsSince(*end), 0);
+}
+
+// What is queued behind a notification does not wait for the host to have run it.
+TEST(CudaStreamTest, ANotificationDoesNotHoldUpItsStream) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+#ifdef SPILLWAY_CUDA_EMULATED
+  GTEST_SKIP() << "emulated notifications run where they are queued";
+#endif
+  const auto stream = device->NewStream().value();
+  const Buffer host = device->Allocate(MemoryKind::kPinnedHost, 4096).value();
+  const Buffer on_device = device->Allocate(MemoryKind::kDevice, 4096).value();
+  std::promise<void> is_copied;
+  std::promise<void> is_notified;
+  stream->Notify([&] {
+    is_copied.get_future().wait();
+    is_notified.set_value();
+  });
+  stream->Copy(on_device.get(), host.get(), 4096);
+  ASSERT_TRUE(stream->Record()->Await().ok());
+  is_copied.set_value();
+  is_notified.get_future().wait();
+}
+
 TEST(CudaStreamTest, TheFirstErrorSticksAndNotificationsStillCome) {
   SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
   const auto stream = device->NewStream().value();

@@ -166,6 +166,27 @@ TEST(StreamTest, CopyEventAndNotifyComeInOrder) {
   EXPECT_TRUE(event->Ready());
 }
 
+TEST(StreamTest, EventsTellTheTimeBetweenThemAcrossStreams) {
+  const auto device = MakeDevice();
+  const auto first = device->NewStream().value();
+  const auto second = device->NewStream().value();
+  std::vector<std::byte> from(1 << 20);
+  std::vector<std::byte> to(1 << 20);
+  const auto begin = first->RecordTime();
+  Gate gate;
+  CpuStreamOf(*first).Enqueue(gate.Work());
+  const auto end = first->RecordTime();
+  EXPECT_EQ(end->SecondsSince(*begin), 0) << "not reached yet";
+  gate.Open();
+  second->Wait(end);
+  second->Copy(to.data(), from.data(), to.size());
+  const auto later = second->RecordTime();
+  ASSERT_TRUE(later->Await().ok());
+  EXPECT_GE(end->SecondsSince(*begin), 0);
+  EXPECT_GT(later->SecondsSince(*end), 0);
+  EXPECT_EQ(begin->SecondsSince(*later), -later->SecondsSince(*begin));
+}
+
 TEST(StreamTest, WaitOrdersTwoStreamsWithoutBlockingTheCaller) {
   const auto device = MakeDevice();
   const auto first = device->NewStream().value();
