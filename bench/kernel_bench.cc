@@ -103,6 +103,7 @@ class KernelBench {
     Report({"copy bandwidth", 0, limits.copy_gigabytes, "GB/s", 0});
     Report({"fma peak (float)", 0, limits.fma_gigaflops, "GFLOP/s", 0});
     Report({"bf16 peak", 0, limits.bf16_gigaflops, "GFLOP/s", 0});
+    Report({"bf16 GEMM peak", 0, limits.bf16_gemm_gigaflops, "GFLOP/s", 0});
   }
 
   void Gemm(DType dtype) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -107,7 +108,75 @@ __attribute__((target("amx-tile,amx-bf16"))) float DotAmx(std::int64_t rounds) {
   cpu::kAmxTiles.end();
   return 0;
 }
+
+// The operands of one thread's GEMM: 512 rows x 512 k, 32 columns, and the sums.
+constexpr std::int64_t kGemmPairs = 16;    // of tiles of rows
+constexpr std::int64_t kGemmBlocks = 16;   // of 32 k
+constexpr std::int64_t kPairBytes = 2048;  // of two tiles
+struct GemmOperands {
+  alignas(64) std::array<std::byte, kGemmPairs * kGemmBlocks * kPairBytes> rows;
+  alignas(64) std::array<std::byte, kGemmBlocks * kPairBytes> columns;
+  alignas(64) std::array<std::byte, kGemmPairs * 2 * kPairBytes> sums;
+
+  GemmOperands() {
+    for (std::size_t at = 0; at < rows.size(); at += sizeof(kTiles))
+      std::memcpy(&rows[at], kTiles.data(), sizeof(kTiles));
+    for (std::size_t at = 0; at < columns.size(); at += sizeof(kTiles)) {
+      std::memcpy(&columns[at], kTiles.data(), sizeof(kTiles));
+    }
+    sums.fill(std::byte{0});
+  }
+};
+
+// Rows stream from the second-level cache past columns that stay in the first; sums are loaded and stored.
+__attribute__((target("amx-tile,amx-bf16"))) void GemmAmx(GemmOperands& operands, std::int64_t rounds) {
+  cpu::kAmxTiles.begin();
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    for (std::int64_t pair = 0; pair < kGemmPairs; ++pair) {
+      std::byte* const sums = operands.sums.data() + pair * 2 * kPairBytes;
+      const std::byte* rows = operands.rows.data() + pair * kGemmBlocks * kPairBytes;
+      const std::byte* columns = operands.columns.data();
+      _tile_loadd(0, sums, 64);
+      _tile_loadd(1, sums + 1024, 64);
+      _tile_loadd(2, sums + 2048, 64);
+      _tile_loadd(3, sums + 3072, 64);
+      for (std::int64_t block = 0; block < kGemmBlocks; ++block) {
+        _tile_stream_loadd(4, rows, 64);
+        _tile_loadd(6, columns, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, columns + 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_stream_loadd(5, rows + 1024, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        rows += kPairBytes;
+        columns += kPairBytes;
+      }
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + 1024, 64);
+      _tile_stored(2, sums + 2048, 64);
+      _tile_stored(3, sums + 3072, 64);
+    }
+  }
+  cpu::kAmxTiles.end();
+}
 #endif
+
+// 0: this machine has no AMX.
+double Bf16GemmPeak([[maybe_unused]] int num_threads, [[maybe_unused]] int num_runs,
+                    [[maybe_unused]] std::int64_t num_rounds) {
+#if defined(__x86_64__)
+  if (!cpu::HasAmx()) return 0;
+  std::vector<std::unique_ptr<GemmOperands>> operands;
+  for (int t = 0; t < num_threads; ++t) operands.push_back(std::make_unique<GemmOperands>());
+  const double seconds = BestSeconds(
+      num_threads, num_runs, [&](int thread) { GemmAmx(*operands[static_cast<std::size_t>(thread)], num_rounds); });
+  constexpr double kFlopsPerRound = kGemmPairs * kGemmBlocks * 4 * 16 * 16 * 32 * 2;
+  return kFlopsPerRound * static_cast<double>(num_rounds) * num_threads / seconds * 1e-9;
+#else
+  return 0;
+#endif
+}
 
 // 0: this machine has no products of bf16.
 double Bf16Peak([[maybe_unused]] int num_threads, [[maybe_unused]] int num_runs,
@@ -210,6 +279,8 @@ MachineLimits MeasureLimits(Device& device, int num_threads) {
                           });
   limits.fma_gigaflops = FmaPeak(num_threads, kRuns, 2 * kRounds);
   limits.bf16_gigaflops = std::max(limits.fma_gigaflops, Bf16Peak(num_threads, kRuns, kRounds));
+  limits.bf16_gemm_gigaflops = Bf16GemmPeak(num_threads, kRuns, kRounds / 300);
+  if (limits.bf16_gemm_gigaflops == 0) limits.bf16_gemm_gigaflops = limits.bf16_gigaflops;
   return limits;
 }
 
@@ -223,6 +294,10 @@ LimitProbe::LimitProbe(Device& device, int num_threads)
 
 double LimitProbe::ReadGigabytes() const { return ReadPeak(num_threads_, 1, memory_.get(), bytes_per_thread_); }
 double LimitProbe::Bf16Gigaflops() const { return std::max(FmaGigaflops(), Bf16Peak(num_threads_, 1, 150'000)); }
+double LimitProbe::Bf16GemmGigaflops() const {
+  const double peak = Bf16GemmPeak(num_threads_, 1, 600);
+  return peak > 0 ? peak : Bf16Gigaflops();
+}
 double LimitProbe::FmaGigaflops() const { return FmaPeak(num_threads_, 1, 1'000'000); }
 
 }  // namespace spillway

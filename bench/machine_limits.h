@@ -13,6 +13,9 @@ struct MachineLimits {
   double copy_gigabytes = 0;  // bytes copied per second
   double fma_gigaflops = 0;   // float, widest vectors
   double bf16_gigaflops = 0;  // products of bf16 pairs: AMX, or vdpbf16ps; the float peak where neither is there
+  // A GEMM by AMX of operands that lie in the second-level cache: what loading tiles and sums leaves of the above. The
+  // above where AMX is not there.
+  double bf16_gemm_gigaflops = 0;
 };
 
 MachineLimits MeasureLimits(Device& device, int num_threads);
@@ -25,6 +28,7 @@ class LimitProbe {
 
   double ReadGigabytes() const;
   double Bf16Gigaflops() const;
+  double Bf16GemmGigaflops() const;
   double FmaGigaflops() const;
 
  private:

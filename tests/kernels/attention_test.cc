@@ -146,7 +146,9 @@ TEST_P(AttentionTest, WhatLiesBeforeAWindowDoesNotReachARow) {
     }
     const std::vector<float> q = random.Normals(kTokens * token_size);
     // Many tokens, a decoded one right behind the window of a bad one, and one that sees it.
-    for (const auto& [first, last] : {std::pair<std::size_t, std::size_t>{190, 300}, {240, 241}, {239, 240}}) {
+    for (const auto& range : {std::pair<std::size_t, std::size_t>{190, 300}, {240, 241}, {239, 240}}) {
+      const std::size_t first = range.first;
+      const std::size_t last = range.second;
       const auto attend = [&](const std::vector<float>& kv_rows) {
         Pool pool(heads, dtype(), 1, 40, 8);
         Part part;
