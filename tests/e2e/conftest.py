@@ -39,6 +39,8 @@ class Server:
             if event["message"] == "ready":
                 ready = event
                 break
+        if ready is None:
+            self.process.wait(timeout=60)
         assert ready is not None, "did not start: " + "".join(self.lines)
         self.ready = ready
         self.url = ready["http"]
