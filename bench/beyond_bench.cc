@@ -221,7 +221,7 @@ int Run(const std::string& json_path) {
   };
   show("in place", {}, 0);
   show("staged", {.stages = true}, strips);
-  for (const double link : {8e9, 4e9, 2e9, 750e6}) show("paced", {.link_bytes_per_second = link}, link);
+  for (const double link : {8e9, 5e9, 4e9, 2e9, 750e6, 500e6}) show("paced", {.link_bytes_per_second = link}, link);
   std::filesystem::remove_all(folder);
   if (!json_path.empty()) {
     const nlohmann::json all = {{"resident_step_seconds", ample.step_seconds},
