@@ -12,14 +12,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <span>
@@ -28,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/waiter.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "kernels/check.h"
@@ -43,35 +41,6 @@ constexpr std::int32_t kPromptTokens = 32'768;
 constexpr std::int32_t kOutputTokens = 34;
 constexpr std::int64_t kAllBlocks = kPromptTokens / kBlockTokens + 8;
 constexpr std::int64_t kFewBlocks = 2048 / kBlockTokens;
-
-double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-class Waiter : public TokenSink {
- public:
-  void OnScheduled(std::int32_t) override {}
-  void OnToken(const SampledToken& token) override {
-    tokens.push_back(token.token);
-    times.push_back(Now());
-  }
-  void OnFinish(const Finish&) override {
-    const std::lock_guard lock(mutex_);
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  void OnError(const absl::Status& status) override { SPILLWAY_CHECK(false) << status; }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
-  }
-
-  std::vector<std::int32_t> tokens;
-  std::vector<double> times;
-
- private:
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
-};
 
 std::vector<std::int32_t> Prompt() {
   std::vector<std::int32_t> prompt(kPromptTokens);

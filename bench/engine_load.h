@@ -2,47 +2,25 @@
 
 // Load on an engine of a benchmark: sequences of made-up tokens that start together, greedy, to a fixed length.
 
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
+#include "bench/waiter.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "kernels/check.h"
 
 namespace spillway {
 
-class AwaitedSink : public TokenSink {
- public:
-  void OnScheduled(std::int32_t) override {}
-  void OnToken(const SampledToken&) override {}
-  void OnFinish(const Finish&) override {
-    const std::lock_guard lock(mutex_);
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  void OnError(const absl::Status& status) override { SPILLWAY_CHECK(false) << status; }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
-};
-
 // Returns when all have ended. Ids count on from `last_id`, so that no prompt is like one before.
 inline void GenerateTogether(Engine& engine, int num_sequences, std::int32_t prompt, std::int32_t output,
                              std::uint64_t& last_id) {
-  std::vector<std::shared_ptr<AwaitedSink>> sinks;
+  std::vector<std::shared_ptr<Waiter>> sinks;
   std::vector<SequenceRequest> requests;
   for (int s = 0; s < num_sequences; ++s) {
-    sinks.push_back(std::make_shared<AwaitedSink>());
+    sinks.push_back(std::make_shared<Waiter>());
     SequenceRequest request;
     request.id = ++last_id;
     const std::int32_t vocab = engine.model().config().vocab;

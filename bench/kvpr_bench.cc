@@ -11,14 +11,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <memory>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -26,6 +23,7 @@
 #include <vector>
 
 #include "absl/strings/str_split.h"
+#include "bench/waiter.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "kernels/check.h"
@@ -53,8 +51,6 @@ constexpr RandomLlamaOptions kModel{.seed = 7,
                                     .dtype = DType::kBF16};
 constexpr KvprShape kShape{.hidden = 1024, .kv_width = 1024, .element_bytes = 2};
 
-double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 // What was done when a token came; as of the step before, since a status is published behind its tokens.
 struct Moment {
   double time = 0;
@@ -62,35 +58,19 @@ struct Moment {
   std::int64_t projected_tokens = 0;
 };
 
-class Waiter : public TokenSink {
+class MomentWaiter : public Waiter {
  public:
-  void OnScheduled(std::int32_t) override {}
   void OnToken(const SampledToken& token) override {
+    Waiter::OnToken(token);
     hashes.push_back(token.logits_hash);
-    const double now = Now();
     const EngineStatus status = (*engine)->status();
     moments.push_back(
-        {.time = now, .streamed_bytes = status.streamed_bytes, .projected_tokens = status.projected_tokens});
-  }
-  void OnFinish(const Finish&) override {
-    const std::lock_guard lock(mutex_);
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  void OnError(const absl::Status& status) override { SPILLWAY_CHECK(false) << status; }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
+        {.time = times.back(), .streamed_bytes = status.streamed_bytes, .projected_tokens = status.projected_tokens});
   }
 
   const std::unique_ptr<Engine>* engine = nullptr;
   std::vector<std::uint64_t> hashes;
   std::vector<Moment> moments;
-
- private:
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
 };
 
 struct Outcome {
@@ -123,7 +103,7 @@ Outcome Measure(const std::string& folder, double link_bytes_per_second, std::in
   options.activation_recompute = setting;
   std::unique_ptr<Engine> engine = *Engine::Make(*device, std::move(model), options, nullptr);
 
-  auto waiter = std::make_shared<Waiter>();
+  auto waiter = std::make_shared<MomentWaiter>();
   waiter->engine = &engine;
   std::vector<SequenceRequest> one(1);
   one[0].id = 1;

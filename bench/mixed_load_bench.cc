@@ -87,7 +87,7 @@ double MeanActive(const Waiters& waiters, const Waiter& of) {
   double overlap = 0;
   for (const auto& each : waiters) {
     overlap +=
-        std::max(0.0, std::min(each->ended_at, of.first_token_at) - std::max(each->submitted_at, of.submitted_at));
+        std::max(0.0, std::min(each->ended_at, of.first_token_at()) - std::max(each->submitted_at, of.submitted_at));
   }
   return overlap / of.first_token_seconds();
 }

@@ -6,7 +6,6 @@
 //               [--only decode-1 | prefill-512 | prefill-4096 | decode-16 | decode-32]
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -40,8 +39,6 @@ constexpr RandomLlamaOptions kModel{.seed = 7,
                                     .max_positions = 8192,
                                     .dtype = DType::kBF16,
                                     .tied = false};
-
-double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Resident memory of this process: "RssAnon:" of its own, "RssFile:" of mapped files.
 double ResidentBytes(std::string_view what) {

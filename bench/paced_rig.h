@@ -8,15 +8,14 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "bench/waiter.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "kernels/check.h"
@@ -25,45 +24,6 @@
 #include "tests/support/checkpoint_writer.h"
 
 namespace spillway {
-
-inline double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// Notes when a sequence's tokens came.
-class Waiter : public TokenSink {
- public:
-  void OnScheduled(std::int32_t num_cached) override { cached = num_cached; }
-  void OnToken(const SampledToken& token) override {
-    if (tokens.empty()) first_token_at = Now();
-    tokens.push_back(token.token);
-  }
-  void OnFinish(const Finish&) override { End(); }
-  void OnError(const absl::Status& status) override { SPILLWAY_CHECK(false) << status; }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
-  }
-
-  std::vector<std::int32_t> tokens;
-  std::int32_t cached = 0;
-  double submitted_at = 0;
-  double first_token_at = 0;
-  double ended_at = 0;
-
-  double first_token_seconds() const { return first_token_at - submitted_at; }
-
- private:
-  void End() {
-    const std::lock_guard lock(mutex_);
-    ended_at = Now();
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
-};
 
 // Seconds in which a step ran.
 class StepSeconds : public EngineObserver {

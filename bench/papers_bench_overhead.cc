@@ -12,8 +12,7 @@ using nlohmann::json;
 constexpr std::int32_t kCached[] = {64, 256, 1024, 4096};
 constexpr std::int32_t kNew[] = {16, 64, 256};
 constexpr int kRepeats = 5;
-constexpr std::int64_t kDeviceBlocks =
-    (kRepeats + 1) * (4096 + 256) / kBlockTokens;
+constexpr std::int64_t kDeviceBlocks = (kRepeats + 1) * (4096 + 256) / kBlockTokens;
 
 // Seconds until the first token, medians over prefixes.
 struct Timed {
@@ -26,23 +25,17 @@ struct Timed {
 struct Point {
   std::int32_t cached = 0;
   std::int32_t fresh = 0;
-  Timed by_layer{}; // the prefix is below the device, its tail comes up inside
-                    // the step
-  Timed whole{};    // all of it comes up before the step
-  Timed resident{}; // it is on the device
+  Timed by_layer{};  // the prefix is below the device, its tail comes up inside
+                     // the step
+  Timed whole{};     // all of it comes up before the step
+  Timed resident{};  // it is on the device
 
   double kappa() const { return static_cast<double>(cached) / fresh; }
   // P_OH tells of the load and of computing apart, so of loads that nothing
   // hides.
-  double overhead() const {
-    return (whole.measured - resident.measured) / resident.measured;
-  }
-  double overhead_predicted() const {
-    return (whole.predicted - resident.predicted) / resident.predicted;
-  }
-  double worst_error() const {
-    return std::max(std::abs(by_layer.error()), std::abs(whole.error()));
-  }
+  double overhead() const { return (whole.measured - resident.measured) / resident.measured; }
+  double overhead_predicted() const { return (whole.predicted - resident.predicted) / resident.predicted; }
+  double worst_error() const { return std::max(std::abs(by_layer.error()), std::abs(whole.error())); }
 };
 
 struct Engines {
@@ -54,53 +47,40 @@ using Prefixes = std::vector<std::vector<std::int32_t>>;
 
 // Each prefix is in the host tier, and was not asked of `engine` before; then
 // it is on the device.
-Timed Measure(Engine &engine, const Prefixes &prefixes, const Prefill &prefill,
-              Prompts &prompts) {
+Timed Measure(Engine& engine, const Prefixes& prefixes, const Prefill& prefill, Prompts& prompts) {
   std::vector<double> measured;
   std::vector<double> predicted;
-  for (const std::vector<std::int32_t> &prefix : prefixes) {
+  for (const std::vector<std::int32_t>& prefix : prefixes) {
     const EngineStatus before = engine.status();
     predicted.push_back(before.cost_model->Load(prefill, {}).seconds);
-    measured.push_back(TimeToFirstToken(
-        engine,
-        prompts.Continue(prefix, static_cast<std::int32_t>(prefill.fresh))));
-    const std::int64_t restored =
-        engine.status().restored_blocks - before.restored_blocks;
-    SPILLWAY_CHECK(restored == prefill.below / kBlockTokens)
-        << restored << " blocks were restored";
+    measured.push_back(TimeToFirstToken(engine, prompts.Continue(prefix, static_cast<std::int32_t>(prefill.fresh))));
+    const std::int64_t restored = engine.status().restored_blocks - before.restored_blocks;
+    SPILLWAY_CHECK(restored == prefill.below / kBlockTokens) << restored << " blocks were restored";
   }
   return {.measured = Median(measured), .predicted = Median(predicted)};
 }
 
-Point Measure(const Engines &engines, const Prefixes &prefixes,
-              std::int32_t fresh, Prompts &prompts) {
-  Point point{.cached = static_cast<std::int32_t>(prefixes.front().size()),
-              .fresh = fresh};
-  const Prefill below{.below = point.cached,
-                      .fresh = fresh,
-                      .hiding = std::min(fresh, kStepTokens)};
+Point Measure(const Engines& engines, const Prefixes& prefixes, std::int32_t fresh, Prompts& prompts) {
+  Point point{.cached = static_cast<std::int32_t>(prefixes.front().size()), .fresh = fresh};
+  const Prefill below{.below = point.cached, .fresh = fresh, .hiding = std::min(fresh, kStepTokens)};
   point.by_layer = Measure(*engines.by_layer, prefixes, below, prompts);
-  point.whole = Measure(*engines.whole, prefixes,
-                        {.below = point.cached, .fresh = fresh}, prompts);
-  point.resident = Measure(*engines.whole, prefixes,
-                           {.resident = point.cached, .fresh = fresh}, prompts);
+  point.whole = Measure(*engines.whole, prefixes, {.below = point.cached, .fresh = fresh}, prompts);
+  point.resident = Measure(*engines.whole, prefixes, {.resident = point.cached, .fresh = fresh}, prompts);
   return point;
 }
 
-void Show(const Point &point) {
+void Show(const Point& point) {
   std::printf("%7d %6d %7.1f", point.cached, point.fresh, point.kappa());
-  for (const Timed &timed : {point.by_layer, point.whole, point.resident}) {
-    std::printf(" %9.1f %9.1f %6.1f%%", 1e3 * timed.measured,
-                1e3 * timed.predicted, 100 * timed.error());
+  for (const Timed& timed : {point.by_layer, point.whole, point.resident}) {
+    std::printf(" %9.1f %9.1f %6.1f%%", 1e3 * timed.measured, 1e3 * timed.predicted, 100 * timed.error());
   }
   std::printf(" %8.2f %8.2f\n", point.overhead(), point.overhead_predicted());
   std::fflush(stdout);
 }
 
-json ToJson(const Point &point) {
-  const auto of = [](const Timed &timed) {
-    return json{{"ttft_seconds", timed.measured},
-                {"predicted_ttft_seconds", timed.predicted}};
+json ToJson(const Point& point) {
+  const auto of = [](const Timed& timed) {
+    return json{{"ttft_seconds", timed.measured}, {"predicted_ttft_seconds", timed.predicted}};
   };
   return {{"cached", point.cached},
           {"new", point.fresh},
@@ -113,40 +93,33 @@ json ToJson(const Point &point) {
 
 // kappa / P_OH where P_OH is nearest to 1: the kappa at which loading takes as
 // long as computing so many new tokens.
-json ShowKappaCrit(const std::vector<Point> &points, std::int32_t fresh) {
-  const Point *nearest = nullptr;
-  const auto distance = [](const Point &point) {
-    return std::abs(std::log(std::max(point.overhead(), 1e-3)));
-  };
-  for (const Point &point : points) {
-    if (point.fresh == fresh &&
-        (nearest == nullptr || distance(point) < distance(*nearest)))
-      nearest = &point;
+json ShowKappaCrit(const std::vector<Point>& points, std::int32_t fresh) {
+  const Point* nearest = nullptr;
+  const auto distance = [](const Point& point) { return std::abs(std::log(std::max(point.overhead(), 1e-3))); };
+  for (const Point& point : points) {
+    if (point.fresh == fresh && (nearest == nullptr || distance(point) < distance(*nearest))) nearest = &point;
   }
   const double measured = nearest->kappa() / nearest->overhead();
   const double predicted = nearest->kappa() / nearest->overhead_predicted();
-  std::printf("  %d new tokens: kappa_crit measured %.2f, predicted %.2f (at "
-              "kappa %.1f)\n",
-              fresh, measured, predicted, nearest->kappa());
-  return {{"new", fresh},
-          {"kappa", nearest->kappa()},
-          {"measured", measured},
-          {"predicted", predicted}};
+  std::printf(
+      "  %d new tokens: kappa_crit measured %.2f, predicted %.2f (at "
+      "kappa %.1f)\n",
+      fresh, measured, predicted, nearest->kappa());
+  return {{"new", fresh}, {"kappa", nearest->kappa()}, {"measured", measured}, {"predicted", predicted}};
 }
 
-} // namespace
+}  // namespace
 
-json MeasureOverhead(PacedRig &rig, const std::vector<double> &links) {
+json MeasureOverhead(PacedRig& rig, const std::vector<double>& links) {
   EngineOptions options;
   options.max_model_len = 8192;
   options.max_num_batched_tokens = kStepTokens;
   Prompts prompts(7);
-  std::vector<Prefixes> prefixes; // for each (cached, new)
+  std::vector<Prefixes> prefixes;  // for each (cached, new)
   for (const std::int32_t cached : kCached) {
     for ([[maybe_unused]] const std::int32_t fresh : kNew) {
-      auto &of_point = prefixes.emplace_back();
-      for (int i = 0; i < kRepeats; ++i)
-        of_point.push_back(prompts.Next(cached));
+      auto& of_point = prefixes.emplace_back();
+      for (int i = 0; i < kRepeats; ++i) of_point.push_back(prompts.Next(cached));
       rig.Store(of_point, options, kDeviceBlocks);
     }
   }
@@ -157,44 +130,39 @@ json MeasureOverhead(PacedRig &rig, const std::vector<double> &links) {
     Engines engines{.whole = rig.MakeEngine(options, kDeviceBlocks, nullptr)};
     options.layer_loads = LayerLoads::kHidden;
     engines.by_layer = rig.MakeEngine(options, kDeviceBlocks, nullptr);
-    for (Engine *const each : {engines.whole.get(), engines.by_layer.get()}) {
-      WarmUp(*each, kDeviceBlocks, prompts,
-             std::vector<std::int32_t>(std::begin(kNew), std::end(kNew)));
+    for (Engine* const each : {engines.whole.get(), engines.by_layer.get()}) {
+      WarmUp(*each, kDeviceBlocks, prompts, std::vector<std::int32_t>(std::begin(kNew), std::end(kNew)));
     }
-    std::printf("\nlink paced to %g MB/s; milliseconds to the first token, "
-                "predicted, error: loaded by layer, whole, on the "
-                "device; medians of %d\n%7s %6s %7s %9s %9s %7s %9s %9s %7s "
-                "%9s %9s %7s %8s %8s\n",
-                link / 1e6, kRepeats, "cached", "new", "kappa", "by layer",
-                "predicted", "error", "whole", "predicted", "error",
-                "on device", "predicted", "error", "P_OH", "predicted");
+    std::printf(
+        "\nlink paced to %g MB/s; milliseconds to the first token, "
+        "predicted, error: loaded by layer, whole, on the "
+        "device; medians of %d\n%7s %6s %7s %9s %9s %7s %9s %9s %7s "
+        "%9s %9s %7s %8s %8s\n",
+        link / 1e6, kRepeats, "cached", "new", "kappa", "by layer", "predicted", "error", "whole", "predicted", "error",
+        "on device", "predicted", "error", "P_OH", "predicted");
     std::vector<Point> points;
     json rows = json::array();
     for (std::size_t i = 0; const std::int32_t cached : kCached) {
       SPILLWAY_CHECK(cached % kBlockTokens == 0);
       for (const std::int32_t fresh : kNew) {
-        const Point &point = points.emplace_back(
-            Measure(engines, prefixes[i++], fresh, prompts));
+        const Point& point = points.emplace_back(Measure(engines, prefixes[i++], fresh, prompts));
         Show(point);
         rows.push_back(ToJson(point));
       }
     }
     double worst = 0;
-    for (const Point &point : points)
-      worst = std::max(worst, point.worst_error());
+    for (const Point& point : points) worst = std::max(worst, point.worst_error());
     const auto num_within = [&](Timed Point::*timed) {
-      return std::ranges::count_if(points, [&](const Point &point) {
-        return std::abs((point.*timed).error()) <= 0.15;
-      });
+      return std::ranges::count_if(points,
+                                   [&](const Point& point) { return std::abs((point.*timed).error()) <= 0.15; });
     };
     const CostModel model = *engines.by_layer->status().cost_model;
-    std::printf("within 15 %%: %td and %td of %zu, worst %.1f %%; kappa_crit "
-                "of matrix products alone, predicted: %.2f\n",
-                num_within(&Point::by_layer), num_within(&Point::whole),
-                points.size(), 100 * worst, model.kappa_crit());
+    std::printf(
+        "within 15 %%: %td and %td of %zu, worst %.1f %%; kappa_crit "
+        "of matrix products alone, predicted: %.2f\n",
+        num_within(&Point::by_layer), num_within(&Point::whole), points.size(), 100 * worst, model.kappa_crit());
     json crits = json::array();
-    for (const std::int32_t fresh : kNew)
-      crits.push_back(ShowKappaCrit(points, fresh));
+    for (const std::int32_t fresh : kNew) crits.push_back(ShowKappaCrit(points, fresh));
     all.push_back({{"link_bytes_per_second", link},
                    {"worst_error", worst},
                    {"kappa_crit_predicted", model.kappa_crit()},
@@ -204,4 +172,4 @@ json MeasureOverhead(PacedRig &rig, const std::vector<double> &links) {
   return all;
 }
 
-} // namespace spillway::papers_bench
+}  // namespace spillway::papers_bench

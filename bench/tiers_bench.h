@@ -2,16 +2,12 @@
 
 // The parts of tiers_bench. Each prints a table and returns its rows.
 
-#include <chrono>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 namespace spillway::tiers_bench {
 
-inline double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 double Median(std::vector<double> values);
 
 // Restores and stores of whole blocks through a KvStore beside plain copies of the same span between the same places,

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bench/tiers_bench.h"
+#include "bench/waiter.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
 #include "kvstore/host_tier.h"

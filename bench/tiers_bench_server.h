@@ -3,7 +3,6 @@
 // An engine on the cpu device over a host tier of its own or none, and the sessions that ask it.
 
 #include <chrono>
-#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "bench/tiers_bench.h"
+#include "bench/waiter.h"
 #include "engine/engine.h"
 #include "engine/model.h"
 #include "kernels/check.h"
@@ -24,39 +24,6 @@ inline constexpr std::int32_t kPromptTokens = 1024;
 inline constexpr std::int32_t kOutputTokens = 8;
 inline constexpr std::int64_t kFourSessions = 4 * (kPromptTokens / kBlockTokens) + 8;  // blocks
 inline constexpr double kPacedBytesPerSecond = 500e6;
-
-// Waits for one sequence and notes when its first token came.
-class Waiter : public TokenSink {
- public:
-  void OnScheduled(std::int32_t num_cached) override { cached = num_cached; }
-  void OnToken(const SampledToken& token) override {
-    if (tokens.empty()) first_token_at = Now();
-    tokens.push_back(token.token);
-  }
-  void OnFinish(const Finish&) override { End(); }
-  void OnError(const absl::Status& status) override {
-    SPILLWAY_CHECK(false) << status;
-    End();
-  }
-  void Await() {
-    std::unique_lock lock(mutex_);
-    ended_.wait(lock, [this] { return is_done_; });
-  }
-
-  std::vector<std::int32_t> tokens;
-  std::int32_t cached = 0;
-  double first_token_at = 0;
-
- private:
-  void End() {
-    const std::lock_guard lock(mutex_);
-    is_done_ = true;
-    ended_.notify_one();
-  }
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  bool is_done_ = false;
-};
 
 // Seconds of the steps that prefill nothing.
 class StepTimes : public EngineObserver {
@@ -127,7 +94,7 @@ class Server {
     const double submitted = Now();
     SPILLWAY_CHECK(engine_->Submit(std::move(one)).ok());
     waiter->Await();
-    return {waiter->first_token_at - submitted, waiter->cached, waiter->tokens};
+    return {waiter->first_token_at() - submitted, waiter->cached, waiter->tokens};
   }
   // Until everything published so far is in the host tier.
   void AwaitStores() const {
