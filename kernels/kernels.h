@@ -150,6 +150,13 @@ struct AttentionArgs {
   // may be multiplied by 0: there they must be finite.
   std::int32_t window = 0;
 
+  // Added to the scores of a row of KV, for all heads that read it: ln(n) where the row stands for n tokens. Null:
+  // nothing is added. Found by block as the rows are: that of row t of block b and kv head h, of this layer, is
+  // row_bias[b * row_bias_stride + h * kBlockTokens + t]; read in place where KV is. Minus infinity: as if the row were
+  // not there, if its values are finite. 0 for all: the bits of no bias. Needs a scale above 0.
+  const float* row_bias = nullptr;
+  std::int64_t row_bias_stride = 0;  // floats from block to block
+
   // With a pass other than kWhole: the call reads keys [key_begin[s], key_end[s]) of sequence s only, and block_table
   // lists the blocks of that range alone. key_begin is a multiple of kSegmentTokens, key_end too or the end of the
   // sequence; the range may be empty. Ranges of successive calls ascend and leave no key out.

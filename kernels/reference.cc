@@ -181,14 +181,22 @@ void AttendRange(const AttentionArgs& args, const KeyRange& keys, int kv_head, s
     return args.kv.pool + static_cast<std::size_t>(keys.blocks[i / kBlockTokens]) * layout.block_bytes() +
            layout.strip_offset(args.layer, kv_head) + static_cast<std::size_t>(i % kBlockTokens) * layout.row_bytes();
   };
+  const auto bias = [&](std::int64_t p) {
+    const std::int64_t i = p - keys.begin;
+    return args.row_bias == nullptr ? 0.0
+                                    : double{args.row_bias[keys.blocks[i / kBlockTokens] * args.row_bias_stride +
+                                                           kv_head * kBlockTokens + i % kBlockTokens]};
+  };
   std::vector<double> weights;
   for (std::int64_t p = keys.seen_from; p < keys.end; ++p) {
     double dot = 0;
     for (std::int64_t i = 0; i < dim; ++i) {
       dot += double{LoadElement(args.q, args.q_dtype, row * dim + i)} * LoadElement(kv_row(p), layout.dtype, i);
     }
-    weights.push_back(dot * args.scale / std::numbers::ln2);
+    weights.push_back((dot * args.scale + bias(p)) / std::numbers::ln2);
   }
+  // Nothing that the row sees.
+  if (std::ranges::all_of(weights, [](double w) { return w == -std::numeric_limits<double>::infinity(); })) return;
   const double max = std::max(state.max, *std::max_element(weights.begin(), weights.end()));
   for (double& weight : weights) weight = std::exp2(weight - max);
   const double kept = std::exp2(state.max - max);
@@ -224,7 +232,7 @@ void Attend(const AttentionArgs& args, const KeyRange& keys, int kv_head, std::i
   }
   for (std::size_t i = 0; i < dim; ++i) {
     StoreElement(args.out, args.out_dtype, row * static_cast<std::int64_t>(dim) + static_cast<std::int64_t>(i),
-                 static_cast<float>(state.out[i] / state.sum));
+                 state.sum == 0 ? 0.0F : static_cast<float>(state.out[i] / state.sum));
   }
 }
 

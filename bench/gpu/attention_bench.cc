@@ -62,7 +62,7 @@ struct Problem {
   }
 };
 
-void Decode(Bench& bench, MemoryKind kind, int num_sequences, int context) {
+void Decode(Bench& bench, MemoryKind kind, int num_sequences, int context, bool has_bias = false) {
   const double kv_bytes = 1.0 * num_sequences * context * kLayout.row_bytes() * kLayout.num_kv_heads;
   // Repeated runs over less than L2 would measure L2: rotate among pools that together exceed it fourfold.
   const double want = kind == MemoryKind::kDevice ? 4.0 * bench.properties().l2CacheSize : 0;
@@ -70,13 +70,23 @@ void Decode(Bench& bench, MemoryKind kind, int num_sequences, int context) {
   std::vector<Problem> problems;
   problems.reserve(static_cast<std::size_t>(num_pools));
   for (int i = 0; i < num_pools; ++i) problems.emplace_back(bench, kind, num_sequences, context, 1);
+  const auto stride = static_cast<std::size_t>(kLayout.num_kv_heads) * kBlockTokens;
+  Buffer bias;
+  if (has_bias) {
+    const auto num_blocks = static_cast<std::size_t>(num_sequences) * static_cast<std::size_t>(context / kBlockTokens);
+    bias = bench.Upload(std::vector<float>(num_blocks * stride, 1.0F));
+  }
+  for (Problem& problem : problems) {
+    problem.args.row_bias = reinterpret_cast<const float*>(bias.get());
+    problem.args.row_bias_stride = static_cast<std::int64_t>(stride);
+  }
   const Measured time = bench.Time([&](int run) {
     bench.kernels().Attention(bench.stream(), problems[static_cast<std::size_t>(run % num_pools)].args);
   });
   const bool is_host = kind != MemoryKind::kDevice;
   char what[96];
-  std::snprintf(what, sizeof(what), "decode%s, batch %d, context %d", is_host ? " from host memory" : "", num_sequences,
-                context);
+  std::snprintf(what, sizeof(what), "decode%s%s, batch %d, context %d", is_host ? " from host memory" : "",
+                has_bias ? " with a bias" : "", num_sequences, context);
   bench.Report({"attention", what, time, kv_bytes / time.median_us * 1e-3, "GB/s",
                 is_host ? bench.pinned_gbps : bench.hbm_gbps});
 }
@@ -132,6 +142,7 @@ void RunAttentionBench(Bench& bench) {
       }
     }
   }
+  Decode(bench, MemoryKind::kDevice, 8, 32768, /*has_bias=*/true);
   Decode(bench, MemoryKind::kPinnedHost, 1, 32768);
   Decode(bench, MemoryKind::kPinnedHost, 8, 8192);
   StreamedDecode(bench, 32768);

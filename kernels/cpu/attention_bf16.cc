@@ -81,6 +81,7 @@ class TileRun {
     RowBlock block = MakeRowBlock(rows_, begin, end, has_few_rows() ? 0 : first_row);
     if (has_few_rows()) {
       MultiplyKeysInPlace(begin, end);
+      for (std::int64_t group = 0; group < block.num_groups; ++group) AddRowBias(begin, end, group, block.size());
     } else {
       for (std::int64_t group = 0; group < block.num_groups; ++group) {
         const std::int64_t at = begin + group * kGroupKeys;
@@ -172,10 +173,26 @@ class TileRun {
                      .depth = depth_,
                      .c = ScoresOf(group),
                      .c_stride = kGroupKeys});
+    AddRowBias(begin, end, group, block.size());
   }
   void MultiplyPackedKeys(std::int64_t begin, std::int64_t end, std::int64_t group, const RowBlock& block) {
     const std::int64_t tiles = group * kGroupKeys / kBlockTokens * depth_;
     MultiplyKeys(begin, end, group, memory_.keys + tiles * static_cast<std::int64_t>(kTileBytes), block);
+  }
+
+  // To the scores of `num_rows` rows for a group of keys of the segment [begin, end), which are not scaled yet.
+  SPILLWAY_AVX512_BF16 void AddRowBias(std::int64_t begin, std::int64_t end, std::int64_t group,
+                                       std::int64_t num_rows) {
+    if (rows_.args().row_bias == nullptr) return;
+    const __m512 unit = _mm512_set1_ps(1 / rows_.args().scale);
+    const std::int64_t group_begin = begin + group * kGroupKeys;
+    for (std::int64_t at = group_begin; at < std::min(group_begin + kGroupKeys, end); at += kBlockTokens) {
+      const __m512 bias = _mm512_mul_ps(_mm512_loadu_ps(rows_.RowBiasOf(at / kBlockTokens)), unit);
+      float* scores = ScoresOf(group) + (at - group_begin);
+      for (std::int64_t i = 0; i < num_rows; ++i, scores += kGroupKeys) {
+        _mm512_storeu_ps(scores, _mm512_add_ps(_mm512_loadu_ps(scores), bias));
+      }
+    }
   }
 
   // Of the block's rows from `first` on, up to a tile of them.

@@ -365,6 +365,7 @@ class TileRun {
     const std::int64_t end = std::min(begin + kSegmentTokens, rows_.tile().key_end);
     const std::int64_t first_row = rows_.FirstRowOf(begin);
     ScoreSegment(begin, end);
+    if (rows_.args().row_bias != nullptr) AddRowBias(begin, end);
     for (std::int64_t r = first_row; r < rows_.size(); ++r) {
       AttentionState& state = memory_.segment_states[r];
       state.out = memory_.segment + r * padded_dim_;
@@ -394,6 +395,19 @@ class TileRun {
         ScoreRows<kStripsPerScore>(q, rows_.size() - first_row, memory_.keys, dim_, scale, scores, LineTaker());
       }
       block += count;
+    }
+  }
+
+  void AddRowBias(std::int64_t begin, std::int64_t end) {
+    const VF unit = hn::Set(F(), kLog2E);
+    for (std::int64_t at = begin; at < end; at += kBlockTokens) {
+      const float* const bias = rows_.RowBiasOf(at / kBlockTokens);
+      for (std::int64_t r = rows_.FirstRowOf(at); r < rows_.size(); ++r) {
+        float* const scores = memory_.scores + r * kSegmentTokens + (at - begin);
+        for (std::size_t lane = 0; lane < kGroup; lane += kLanes) {
+          hn::StoreU(Fma(hn::LoadU(F(), bias + lane), unit, hn::LoadU(F(), scores + lane)), F(), scores + lane);
+        }
+      }
     }
   }
 

@@ -81,6 +81,11 @@ class TileRows {
     return args_.kv.pool + static_cast<std::size_t>(blocks_[block - first_block_]) * layout.block_bytes() +
            layout.strip_offset(args_.layer, tile_.kv_head);
   }
+  // Of the rows of a block; only where there is a bias.
+  const float* RowBiasOf(std::int64_t block) const {
+    return args_.row_bias + blocks_[block - first_block_] * args_.row_bias_stride +
+           std::int64_t{tile_.kv_head} * kBlockTokens;
+  }
   // Of a row, between passes: out, max, sum.
   float* CarriedState(std::int64_t row) const { return args_.states + OffsetOf(row) / dim_ * (dim_ + 2); }
 

@@ -40,10 +40,15 @@ struct KeyRows {
   const std::byte* strips;
   std::int64_t block_bytes;
   std::int64_t row_bytes;
+  const float* bias;  // of row 0 of block 0, or null
+  std::int64_t bias_stride;
 
   __device__ const T* RowOf(int position) const {
     return reinterpret_cast<const T*>(strips + blocks[position / kBlockTokens] * block_bytes +
                                       position % kBlockTokens * row_bytes);
+  }
+  __device__ float BiasOf(int position) const {
+    return bias == nullptr ? 0.0F : bias[blocks[position / kBlockTokens] * bias_stride + position % kBlockTokens];
   }
 };
 
@@ -54,6 +59,7 @@ __device__ void ScoreSegment(const KeyRows<T>& keys, int begin, int end, int dim
     const int offset = i * kThreads + static_cast<int>(threadIdx.x);
     if (begin + offset >= end) break;
     const T* const key = keys.RowOf(begin + offset);
+    const float bias = keys.BiasOf(begin + offset) * kLog2E;
     float sums[kRows] = {};
 #pragma unroll 1
     for (int d = 0; d < dim; d += kVector) {
@@ -66,7 +72,7 @@ __device__ void ScoreSegment(const KeyRows<T>& keys, int begin, int end, int dim
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) shared.weights[r][offset] = sums[r] * scale;
+    for (int r = 0; r < kRows; ++r) shared.weights[r][offset] = fmaf(sums[r], scale, bias);
   }
 }
 
@@ -98,8 +104,11 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
   const auto thread = static_cast<int>(threadIdx.x);
   const int num_rows = rows.row_end - rows.row_begin;
   const KeyRows<T> keys = {params.block_table + params.block_begin[item.sequence],
-                           params.kv.pool + item.kv_head * params.kv.strip_bytes, params.kv.block_bytes,
-                           params.kv.row_bytes};
+                           params.kv.pool + item.kv_head * params.kv.strip_bytes,
+                           params.kv.block_bytes,
+                           params.kv.row_bytes,
+                           params.row_bias == nullptr ? nullptr : params.row_bias + item.kv_head * kBlockTokens,
+                           params.row_bias_stride};
 
   __syncthreads();  // the previous item is over
   for (int index = thread; index < kRows * dim; index += kThreads) {

@@ -36,8 +36,11 @@ template <int kDim>
 constexpr int kTileBytes = 2 * kKeysPerTile* kDim * 2;  // K, then V
 template <int kDim>
 constexpr int kQueryBytes = kRowsPerWarp* kDim * 2;  // of one warp
+constexpr int kBiasBytes = kKeysPerTile * 4;         // of a tile
+constexpr int kBiasPieces = kBlockTokens * 4 / 16;   // of a strip
+constexpr int kBiasThreads = kStripsPerTile * kBiasPieces;
 template <int kDim, int kWarps>
-constexpr int kSharedBytes = kStages* kTileBytes<kDim> + kWarps* kQueryBytes<kDim>;
+constexpr int kSharedBytes = kStages*(kTileBytes<kDim> + kBiasBytes) + kWarps* kQueryBytes<kDim> + kBiasThreads * 8;
 // What a block may have on sm_120, the smallest of our targets; beside it are RowTargets of every thread.
 constexpr int kMaxSharedBytes = 99 << 10;
 static_assert(kSharedBytes<128, kPrefillWarps> + kPrefillWarps * 32 * 8 <= kMaxSharedBytes);
@@ -77,7 +80,20 @@ __device__ __forceinline__ float QuadMax(float x) {
   return MaxOf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
+// Of the row bias of the loaded tiles, behind them and the queries.
 template <int kDim, int kWarps>
+__device__ __forceinline__ float* BiasOf(std::byte* shared, int tile) {
+  return reinterpret_cast<float*>(shared + kStages * kTileBytes<kDim> + kWarps * kQueryBytes<kDim> +
+                                  tile % kStages * kBiasBytes);
+}
+
+// Behind that, where in block 0 each of kBiasThreads finds its piece.
+template <int kDim, int kWarps>
+__device__ __forceinline__ const float** BiasPlaces(std::byte* shared) {
+  return reinterpret_cast<const float**>(BiasOf<kDim, kWarps>(shared, 0) + kStages * kKeysPerTile);
+}
+
+template <int kDim, int kWarps, bool kHasBias>
 class TileLoader {
  public:
   __device__ TileLoader(const AttentionParams& params, const AttentionItem& item, int key_end, std::byte* shared)
@@ -85,7 +101,11 @@ class TileLoader {
         strips_(params.kv.pool + item.kv_head * params.kv.strip_bytes),
         block_bytes_(params.kv.block_bytes),
         key_end_(key_end),
-        shared_(shared) {}
+        shared_(shared) {
+    if (!kHasBias || static_cast<int>(threadIdx.x) >= kBiasThreads) return;
+    BiasPlaces<kDim, kWarps>(shared)[threadIdx.x] =
+        params.row_bias + item.kv_head * kBlockTokens + threadIdx.x % kBiasPieces * 4;
+  }
 
   // Block ids of a tile, one tile ahead of its copies so that they do not wait for them.
   __device__ __forceinline__ void FetchBlocks(int tile) {
@@ -97,7 +117,7 @@ class TileLoader {
   }
 
   // Rows [K | V] of the fetched tile; keys from key_end on become zeros, since 0 times what lies there may be NaN.
-  __device__ __forceinline__ void Load(int tile) {
+  __device__ __forceinline__ void Load(const AttentionParams& params, int tile) {
     constexpr int kPiecesPerHalf = kDim / 8;
     constexpr int kPiecesPerStrip = kBlockTokens * 2 * kPiecesPerHalf;
     constexpr int kThreads = kWarps * 32;
@@ -118,9 +138,21 @@ class TileLoader {
         CopyAsync(to, row < num_valid ? strip + index * 16 : strips_, row < num_valid);
       }
     }
+    if constexpr (kHasBias) LoadBias(params, tile);
   }
 
  private:
+  // kBiasThreads take a piece each. What lies beyond the keys is masked.
+  __device__ __forceinline__ void LoadBias(const AttentionParams& params, int tile) {
+    if (static_cast<int>(threadIdx.x) >= kBiasThreads) return;
+    const int block = tile * kStripsPerTile + static_cast<int>(threadIdx.x) / kBiasPieces;
+    const bool is_valid = block * kBlockTokens < key_end_;
+    const float* const from =
+        BiasPlaces<kDim, kWarps>(shared_)[threadIdx.x] + (is_valid ? blocks_[block] * params.row_bias_stride : 0);
+    CopyAsync(reinterpret_cast<std::byte*>(BiasOf<kDim, kWarps>(shared_, tile) + threadIdx.x * 4),
+              reinterpret_cast<const std::byte*>(from), is_valid);
+  }
+
   const std::int32_t* const blocks_;
   const std::byte* const strips_;
   const std::int64_t block_bytes_;
@@ -178,6 +210,20 @@ __device__ __forceinline__ void ScoreTile(const std::byte* queries, const std::b
   }
 }
 
+// To the scores of 16 rows, which are not scaled yet; hence the bias in units of 1 / `unit`.
+__device__ __forceinline__ void AddBias(const float* bias, float unit, float (&scores)[kScoreTiles][4]) {
+  const auto column = static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int n = 0; n < kScoreTiles; ++n) {
+    const float2 pair = *reinterpret_cast<const float2*>(bias + n * 8 + column);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      scores[n][2 * r] = fmaf(pair.x, unit, scores[n][2 * r]);
+      scores[n][2 * r + 1] = fmaf(pair.y, unit, scores[n][2 * r + 1]);
+    }
+  }
+}
+
 // out += weights * V of the tile.
 template <int kDim, DType kType>
 __device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreTiles / 2][4], const std::byte* values,
@@ -199,12 +245,14 @@ __device__ __forceinline__ void AddValues(const std::uint32_t (&weights)[kScoreT
 }
 
 // One tile of keys into the segment's state. `scale` is in units of log2; positions are those of this lane's two rows,
-// which see `window` keys up to themselves.
+// which see `window` keys up to themselves. `bias` may be null.
 template <int kDim, DType kType>
-__device__ __forceinline__ void AttendTile(const std::byte* queries, const std::byte* stage, int first_key,
-                                           const int (&positions)[2], int window, float scale, WarpState<kDim>& state) {
+__device__ __forceinline__ void AttendTile(const std::byte* queries, const std::byte* stage, const float* bias,
+                                           float bias_unit, int first_key, const int (&positions)[2], int window,
+                                           float scale, WarpState<kDim>& state) {
   float scores[kScoreTiles][4];
   ScoreTile<kDim, kType>(queries, stage, scores);
+  if (bias != nullptr) AddBias(bias, bias_unit, scores);
   if (first_key + kKeysPerTile - 1 > MinOf(positions[0], positions[1]) ||
       first_key <= MaxOf(positions[0], positions[1]) - window) {
     const auto column = static_cast<int>(threadIdx.x % 4) * 2;
@@ -356,7 +404,7 @@ __device__ __forceinline__ void SyncBlock() {
   }
 }
 
-template <int kDim, int kWarps, DType kType>
+template <int kDim, int kWarps, DType kType, bool kHasBias>
 __device__ __forceinline__ void AttendItem(const AttentionParams& params, const WorkRange& range,
                                            const AttentionItem& item, std::byte* shared) {
   const RowSpan rows(params, range, item);
@@ -388,11 +436,11 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
   WarpState<kDim> running;
   segment.Clear();
   running.Clear();
-  TileLoader<kDim, kWarps> loader(params, item, key_end, shared);
+  TileLoader<kDim, kWarps, kHasBias> loader(params, item, key_end, shared);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     loader.FetchBlocks(tile_begin + stage);
-    if (tile_begin + stage < tile_end) loader.Load(tile_begin + stage);
+    if (tile_begin + stage < tile_end) loader.Load(params, tile_begin + stage);
     CommitCopies();
   }
   loader.FetchBlocks(tile_begin + kStages);
@@ -402,11 +450,12 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
     AwaitCopies<kStages - 1>();
     SyncBlock<kWarps>();
     if (tile * kKeysPerTile <= last_position && (tile + 1) * kKeysPerTile > first_position - params.window + 1) {
-      AttendTile<kDim, kType>(queries, shared + tile % kStages * kTileBytes<kDim>, tile * kKeysPerTile, positions,
-                              params.window, scale, segment);
+      AttendTile<kDim, kType>(queries, shared + tile % kStages * kTileBytes<kDim>,
+                              kHasBias ? BiasOf<kDim, kWarps>(shared, tile) : nullptr, params.row_bias_unit,
+                              tile * kKeysPerTile, positions, params.window, scale, segment);
     }
     SyncBlock<kWarps>();
-    if (tile + kStages < tile_end) loader.Load(tile + kStages);
+    if (tile + kStages < tile_end) loader.Load(params, tile + kStages);
     CommitCopies();
     loader.FetchBlocks(tile + kStages + 1);
     if ((tile + 1) % kTilesPerSegment == 0 || tile + 1 == tile_end) {
@@ -423,7 +472,7 @@ __device__ __forceinline__ void AttendItem(const AttentionParams& params, const 
   WriteRows<kDim, kType>(params, item.work.is_split, targets[threadIdx.x], running);
 }
 
-template <int kDim, int kWarps, DType kType>
+template <int kDim, int kWarps, DType kType, bool kHasBias>
 __global__ void __launch_bounds__(kWarps * 32, kDim == 64 ? 1 : 0)
     TensorAttentionKernel(AttentionParams params, WorkRange range) {
   std::byte* const shared = DynamicShared();
@@ -437,20 +486,21 @@ __global__ void __launch_bounds__(kWarps * 32, kDim == 64 ? 1 : 0)
       if (!FindItem(params, range, index, cursor, item)) break;
       __syncwarp();
       if (threadIdx.x == 0) kept = cursor;
-      AttendItem<kDim, kWarps, kType>(params, range, item, shared);
+      AttendItem<kDim, kWarps, kType, kHasBias>(params, range, item, shared);
     }
   } else {
     ItemCursor cursor;
     if (!FindItem(params, range, static_cast<int>(blockIdx.x), cursor, item)) return;
-    AttendItem<kDim, kWarps, kType>(params, range, item, shared);
+    AttendItem<kDim, kWarps, kType, kHasBias>(params, range, item, shared);
   }
 }
 
-template <int kDim, DType kType>
+template <int kDim, DType kType, bool kHasBias>
 cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  cudaError_t error = AllowShared(TensorAttentionKernel<kDim, kPrefillWarps, kType>, kSharedBytes<kDim, kPrefillWarps>);
+  cudaError_t error =
+      AllowShared(TensorAttentionKernel<kDim, kPrefillWarps, kType, kHasBias>, kSharedBytes<kDim, kPrefillWarps>);
   if (error != cudaSuccess) return error;
-  error = AllowShared(TensorAttentionKernel<kDim, kDecodeWarps, kType>, kSharedBytes<kDim, kDecodeWarps>);
+  error = AllowShared(TensorAttentionKernel<kDim, kDecodeWarps, kType, kHasBias>, kSharedBytes<kDim, kDecodeWarps>);
   if (error != cudaSuccess) return error;
 
   const int num_kv_heads = params.kv.num_kv_heads;
@@ -462,14 +512,15 @@ cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
     // No more tiles than if every sequence's last one were almost empty.
     const std::int64_t num_tiles =
         CeilDiv<std::int64_t>(std::int64_t{params.num_tokens} * group, kRows) + params.num_sequences;
-    error = Launch(TensorAttentionKernel<kDim, kPrefillWarps, kType>, static_cast<unsigned>(num_tiles * num_kv_heads),
-                   kPrefillWarps * 32, kSharedBytes<kDim, kPrefillWarps>, stream, params, range);
+    error = Launch(TensorAttentionKernel<kDim, kPrefillWarps, kType, kHasBias>,
+                   static_cast<unsigned>(num_tiles * num_kv_heads), kPrefillWarps * 32,
+                   kSharedBytes<kDim, kPrefillWarps>, stream, params, range);
     if (error != cudaSuccess) return error;
   }
   const WorkRange range = {kDecodeWarps * kRowsPerWarp, 1, is_decode ? kMaxRowsPerSequence : kMaxSplitRows, true};
   const int num_ctas = params.num_multiprocessors * kDecodeCtasPerMultiprocessor;
-  return Launch(TensorAttentionKernel<kDim, kDecodeWarps, kType>, static_cast<unsigned>(num_ctas), kDecodeWarps * 32,
-                kSharedBytes<kDim, kDecodeWarps>, stream, params, range);
+  return Launch(TensorAttentionKernel<kDim, kDecodeWarps, kType, kHasBias>, static_cast<unsigned>(num_ctas),
+                kDecodeWarps * 32, kSharedBytes<kDim, kDecodeWarps>, stream, params, range);
 }
 
 }  // namespace
@@ -479,15 +530,21 @@ bool TensorAttentionFits(const AttentionParams& params) {
   return (params.kv.head_dim == 64 || params.kv.head_dim == 128) && params.kv.dtype != DType::kF32 &&
          params.q_dtype == params.kv.dtype &&
          (params.out_dtype == DType::kF32 || params.out_dtype == params.kv.dtype) && params.scale > 0 &&
-         is_aligned(params.q) && is_aligned(params.kv.pool) && is_aligned(params.out) && is_aligned(params.carried);
+         is_aligned(params.q) && is_aligned(params.kv.pool) && is_aligned(params.out) && is_aligned(params.carried) &&
+         is_aligned(params.row_bias) && params.row_bias_stride % 4 == 0;
 }
 
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream) {
-  const auto launch = [&]<DType kType>() {
-    return params.kv.head_dim == 64 ? LaunchFor<64, kType>(params, stream) : LaunchFor<128, kType>(params, stream);
+  const auto launch = [&]<DType kType, bool kHasBias>() {
+    return params.kv.head_dim == 64 ? LaunchFor<64, kType, kHasBias>(params, stream)
+                                    : LaunchFor<128, kType, kHasBias>(params, stream);
   };
-  return params.kv.dtype == DType::kBF16 ? launch.template operator()<DType::kBF16>()
-                                         : launch.template operator()<DType::kF16>();
+  if (params.kv.dtype == DType::kBF16) {
+    return params.row_bias == nullptr ? launch.template operator()<DType::kBF16, false>()
+                                      : launch.template operator()<DType::kBF16, true>();
+  }
+  return params.row_bias == nullptr ? launch.template operator()<DType::kF16, false>()
+                                    : launch.template operator()<DType::kF16, true>();
 }
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {

@@ -134,7 +134,10 @@ struct AttentionParams {
   const std::int32_t* block_table;
   std::byte* out;  // [num_tokens, num_heads, head_dim] of out_dtype
   DType out_dtype;
-  std::int32_t window;  // a row sees so many keys, itself the last; kNoWindow: all up to itself
+  std::int32_t window;           // a row sees so many keys, itself the last; kNoWindow: all up to itself
+  const float* row_bias;         // of this layer, as AttentionArgs has it; or null
+  std::int64_t row_bias_stride;  // floats from block to block
+  float row_bias_unit;           // 1 / scale: what makes it a term of the product that is scaled
   // A pass over a part of the keys (AttentionPass of kernels/kernels.h); key_begin is null: all of them.
   const std::int32_t* key_begin;  // [num_sequences]
   const std::int32_t* key_end;    // [num_sequences]

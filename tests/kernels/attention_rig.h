@@ -142,9 +142,10 @@ inline std::size_t RowsSize(const Pool& pool, std::size_t num_tokens) {
   return num_tokens * static_cast<std::size_t>(pool.layout().num_kv_heads * 2 * pool.layout().head_dim);
 }
 
-// Plain softmax attention of all queries of a part, from the same rounded values; window as AttentionArgs has it.
+// Plain softmax attention of all queries of a part, from the same rounded values; window as AttentionArgs has it; bias,
+// if any, of the rows, [token][kv head].
 inline std::vector<float> Oracle(const Pool& pool, int group, DType dtype, const std::vector<float>& rows,
-                                 const Part& part, std::size_t window = 0) {
+                                 const Part& part, std::size_t window = 0, const std::vector<float>& bias = {}) {
   const auto kv_heads = static_cast<std::size_t>(pool.layout().num_kv_heads);
   const auto dim = static_cast<std::size_t>(pool.layout().head_dim);
   const std::size_t num_heads = kv_heads * static_cast<std::size_t>(group);
@@ -162,6 +163,7 @@ inline std::vector<float> Oracle(const Pool& pool, int group, DType dtype, const
       for (std::size_t j = first; j < num_keys; ++j) {
         for (std::size_t i = 0; i < dim; ++i) p[j] += double{q[(t * num_heads + h) * dim + i]} * at(j, i);
         p[j] /= std::sqrt(static_cast<double>(dim));
+        if (!bias.empty()) p[j] += bias[j * kv_heads + h / static_cast<std::size_t>(group)];
       }
       const double max = *std::max_element(p.begin() + static_cast<std::ptrdiff_t>(first), p.end());
       double sum = 0;

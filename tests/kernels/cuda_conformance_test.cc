@@ -100,6 +100,7 @@ const bool is_listening = [] {
 }  // namespace
 }  // namespace spillway
 
+#include "tests/kernels/attention_bias_test.cc"  // NOLINT(bugprone-suspicious-include)
 #include "tests/kernels/attention_pass_test.cc"  // NOLINT(bugprone-suspicious-include)
 #include "tests/kernels/attention_test.cc"       // NOLINT(bugprone-suspicious-include)
 #include "tests/kernels/row_kernels_test.cc"     // NOLINT(bugprone-suspicious-include)

@@ -132,6 +132,7 @@ class HostFacingKernels final : public Kernels {
     on_device.block_begin = call.In(args.block_begin, args.num_sequences + 1);
     on_device.block_table = call.In(args.block_table, num_blocks);
     on_device.kv.pool = call.In(args.kv.pool, PoolBytes(layout, args.block_table, num_blocks));
+    on_device.row_bias = call.In(args.row_bias, Bound(args.block_table, num_blocks) * args.row_bias_stride);
     if (args.pass != AttentionPass::kWhole) {
       on_device.key_begin = call.In(args.key_begin, args.num_sequences);
       on_device.key_end = call.In(args.key_end, args.num_sequences);
