@@ -5,7 +5,7 @@
 
 namespace spillway {
 
-std::uint64_t VirtualLink::Queue(Transfer transfer) {
+std::uint64_t VirtualLink::Queue(Transfer&& transfer) {
   const std::uint64_t id = transfer.id = next_id_++;
   std::deque<Queued>& waiting = queue(transfer.kind);
   waiting.push_back({.transfer = std::move(transfer), .since = now_});

@@ -30,7 +30,7 @@ class VirtualLink : public BlockTransfers {
   // Seconds in which a lane moved blocks up (kRestore) or down (kStore).
   double busy_seconds(Transfer::Kind kind) const { return busy_[IndexOf(kind)]; }
 
-  std::uint64_t Queue(Transfer transfer) override;
+  std::uint64_t Queue(Transfer&& transfer) override;
   bool Cancel(std::uint64_t id) override;
   std::vector<Transfer> Collect() override;
   TransferStats stats(Transfer::Kind kind) const override { return stats_[IndexOf(kind)]; }

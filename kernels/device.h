@@ -55,6 +55,10 @@ class Stream {
   virtual std::shared_ptr<Event> RecordTime() = 0;  // as Record; the event also knows when it was reached
   // Later work on this stream starts after `event`; the calling thread does not block.
   virtual void Wait(const std::shared_ptr<Event>& event) = 0;
+  // What is queued from Hold to the Resume that ends it begins with that Resume: where a stream is a thread, this one
+  // is woken once, and finds all of it.
+  virtual void Hold() {}
+  virtual void Resume() {}
   // Runs `reached` on a device thread once all work queued before is done (or was skipped after an error).
   // It may only post to a mailbox, pace the stream's copies, or note the time.
   virtual void Notify(std::function<void()> reached) = 0;

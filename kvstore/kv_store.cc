@@ -44,6 +44,24 @@ std::unique_ptr<KvStore> KvStore::Make(Buffer slab, std::unique_ptr<BlockTransfe
 KvStore::KvStore(Buffer slab, HostTier& host, const KvStoreOptions& options)
     : slab_(std::move(slab)), options_(options), host_(host), pool_(options.num_blocks), index_(options.num_blocks) {}
 
+std::uint32_t KvStore::OutstandingTransfers::Add(Entry entry) {
+  entry.is_used = true;
+  if (unused_.empty()) {
+    entries_.push_back(std::move(entry));
+    return static_cast<std::uint32_t>(entries_.size() - 1);
+  }
+  const std::uint32_t tag = unused_.back();
+  unused_.pop_back();
+  entries_[tag] = std::move(entry);
+  return tag;
+}
+
+KvStore::OutstandingTransfers::Entry KvStore::OutstandingTransfers::Remove(std::uint32_t tag) {
+  SPILLWAY_CHECK(tag < entries_.size() && entries_[tag].is_used);
+  unused_.push_back(tag);
+  return std::exchange(entries_[tag], {});
+}
+
 std::byte* KvStore::BytesOf(BlockId block) const {
   return slab_.get() + static_cast<std::size_t>(block) * options_.layout.block_bytes();
 }
@@ -140,14 +158,14 @@ void KvStore::FeedWriteThrough() {
       continue;
     }
     ++num_storing_;
-    const std::uint64_t id = transfers_->Queue({.kind = Transfer::Kind::kStore,
-                                                .key = next.key,
-                                                .tokens = next.tokens,
-                                                .block = pool_.Share(next.block),
-                                                .device_bytes = BytesOf(next.block),
-                                                .slot = *std::move(slot),
-                                                .status = absl::OkStatus()});
-    outstanding_.emplace(id, Outstanding{.block = next.block, .restoring = nullptr, .home = nullptr});
+    transfers_->Queue({.kind = Transfer::Kind::kStore,
+                       .tag = outstanding_.Add({.block = next.block, .restoring = nullptr, .home = nullptr}),
+                       .key = next.key,
+                       .tokens = next.tokens,
+                       .block = pool_.Share(next.block),
+                       .device_bytes = BytesOf(next.block),
+                       .slot = *std::move(slot),
+                       .status = absl::OkStatus()});
   }
 }
 
@@ -159,6 +177,7 @@ std::shared_ptr<HomeBlock> KvStore::KeepHome(const BlockRef& block, const BlockK
   if (!slot) return nullptr;
   auto home = std::make_shared<HomeBlock>(num_home_);
   Transfer transfer{.kind = Transfer::Kind::kMoveHome,
+                    .tag = outstanding_.Add({.block = block.id(), .restoring = nullptr, .home = home}),
                     .key = key,
                     .block = block.Share(),
                     .device_bytes = BytesOf(block.id()),
@@ -166,8 +185,7 @@ std::shared_ptr<HomeBlock> KvStore::KeepHome(const BlockRef& block, const BlockK
                     .commits = options_.caching == PrefixCaching::kOn,
                     .status = absl::OkStatus()};
   std::ranges::copy(tokens, transfer.tokens.begin());
-  const std::uint64_t id = transfers_->Queue(std::move(transfer));
-  outstanding_.emplace(id, Outstanding{.block = block.id(), .restoring = nullptr, .home = home});
+  transfers_->Queue(std::move(transfer));
   ++num_moving_home_;
   return home;
 }
@@ -198,16 +216,18 @@ std::shared_ptr<HomeBlock> KvStore::TakeCompanion() {
 std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span<const std::int32_t> tokens) {
   if (const auto found = restoring_.find(key); found != restoring_.end()) {
     ++(*found)->num_waiters;
-    return Restored{.block = pool_.Share(outstanding_.at((*found)->transfer).block), .restoring = *found};
+    return Restored{.block = pool_.Share((*found)->block), .restoring = *found};
   }
   std::optional<BlockRef> block = Take();
   if (!block) return std::nullopt;
   auto restoring = std::make_shared<Restoring>();
-  std::shared_ptr<Restoring> listed = restoring;
   restoring->key = key;
+  restoring->block = block->id();
   restoring->num_waiters = 1;
-  restoring_.insert(std::move(listed));
+  restoring->tag = outstanding_.Add({.block = block->id(), .restoring = restoring, .home = nullptr});
+  restoring_.insert(restoring);
   Transfer transfer{.kind = Transfer::Kind::kRestore,
+                    .tag = restoring->tag,
                     .key = key,
                     .block = block->Share(),
                     .device_bytes = BytesOf(block->id()),
@@ -215,8 +235,6 @@ std::optional<KvStore::Restored> KvStore::Restore(const BlockKey& key, std::span
                     .status = absl::OkStatus()};
   std::ranges::copy(tokens, transfer.tokens.begin());
   restoring->transfer = transfers_->Queue(std::move(transfer));
-  outstanding_.emplace(restoring->transfer,
-                       Outstanding{.block = block->id(), .restoring = restoring.get(), .home = nullptr});
   return Restored{.block = *std::move(block), .restoring = std::move(restoring)};
 }
 
@@ -224,35 +242,33 @@ void KvStore::Detach(const std::shared_ptr<Restoring>& restoring) {
   if (--restoring->num_waiters > 0 || restoring->state != Restoring::State::kPending) return;
   if (!transfers_->Cancel(restoring->transfer)) return;  // under way: it is published when it arrives
   restoring->state = Restoring::State::kFailed;
-  outstanding_.erase(restoring->transfer);
+  outstanding_.Remove(restoring->tag);
   restoring_.erase(restoring->key);
 }
 
 bool KvStore::Collect() {
   bool has_restored = false;
   for (Transfer& transfer : transfers_->Collect()) {
-    const auto found = outstanding_.find(transfer.id);
-    SPILLWAY_CHECK(found != outstanding_.end());
+    const OutstandingTransfers::Entry outstanding = outstanding_.Remove(transfer.tag);
     if (transfer.kind == Transfer::Kind::kStore) {
       --num_storing_;
       storing_keys_.erase(transfer.key);
     } else if (transfer.kind == Transfer::Kind::kMoveHome) {
       --num_moving_home_;
       if (transfer.status.ok()) {
-        found->second.home->Fill(std::move(transfer.slot));
+        outstanding.home->Fill(std::move(transfer.slot));
       } else {
         status_.Update(transfer.status);
       }
     } else {
       has_restored = true;
-      Restoring& restoring = *found->second.restoring;
+      Restoring& restoring = *outstanding.restoring;
       restoring.state = transfer.status.ok() ? Restoring::State::kReady : Restoring::State::kFailed;
       if (transfer.status.ok() && index_.Insert(transfer.key, transfer.tokens, transfer.block.id())) {
         pool_.Retain(transfer.block.id());
       }
       restoring_.erase(transfer.key);
     }
-    outstanding_.erase(found);
   }
   FeedWriteThrough();
   return has_restored;
@@ -260,7 +276,7 @@ bool KvStore::Collect() {
 
 std::uint32_t KvStore::num_returning() const {
   std::uint32_t count = 0;
-  for (const auto& [id, outstanding] : outstanding_) count += pool_.refs(outstanding.block) == 1 ? 1 : 0;
+  for (const auto& each : outstanding_.entries()) count += each.is_used && pool_.refs(each.block) == 1 ? 1 : 0;
   return count;
 }
 

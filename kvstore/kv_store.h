@@ -15,6 +15,7 @@
 // A hit compares tokens. Engine thread only; transfers run on threads of their own and touch no bookkeeping.
 
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -23,9 +24,7 @@
 #include <string_view>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
-#include "absl/hash/hash.h"
 #include "absl/status/statusor.h"
 #include "kernels/device.h"
 #include "kernels/kernels.h"
@@ -45,7 +44,9 @@ struct Restoring {
   enum class State : std::uint8_t { kPending, kReady, kFailed };
   State state = State::kPending;
   BlockKey key;
+  BlockId block{};
   std::uint64_t transfer = 0;
+  std::uint32_t tag = 0;  // of the transfer
   int num_waiters = 0;
 };
 
@@ -132,7 +133,7 @@ class KvStore {
   std::uint32_t num_returning() const;
   std::size_t num_restoring() const { return restoring_.size(); }  // blocks on their way up
   std::size_t num_storing() const { return num_storing_; }         // on their way down
-  bool has_transfers() const { return !outstanding_.empty(); }
+  bool has_transfers() const { return outstanding_.size() != 0; }
   // Published blocks that wait for their write-through or are under way.
   std::size_t num_unstored() const { return unstored_.size() + num_storing_; }
 
@@ -176,8 +177,12 @@ class KvStore {
   // Restorings by their keys.
   struct HashOfKey {
     using is_transparent = void;
-    std::size_t operator()(const BlockKey& key) const { return absl::HashOf(key); }
-    std::size_t operator()(const std::shared_ptr<Restoring>& restoring) const { return absl::HashOf(restoring->key); }
+    std::size_t operator()(const BlockKey& key) const {  // a SHA-256: any of its bytes are as good as a hash of it
+      std::size_t word = 0;
+      std::memcpy(&word, key.bytes.data(), sizeof(word));
+      return word;
+    }
+    std::size_t operator()(const std::shared_ptr<Restoring>& restoring) const { return (*this)(restoring->key); }
   };
   struct EqualKeys {
     using is_transparent = void;
@@ -186,10 +191,23 @@ class KvStore {
     bool operator()(const auto& left, const auto& right) const { return KeyOf(left) == KeyOf(right); }
   };
 
-  struct Outstanding {  // a transfer that is queued or under way
-    BlockId block{};
-    Restoring* restoring = nullptr;   // of a restore; owned by restoring_
-    std::shared_ptr<HomeBlock> home;  // of a move home
+  // Transfers that are queued or under way, by their tags. Tags are used again, so that all lie close together.
+  class OutstandingTransfers {
+   public:
+    struct Entry {
+      BlockId block{};
+      bool is_used = false;
+      std::shared_ptr<Restoring> restoring;  // of a restore
+      std::shared_ptr<HomeBlock> home;       // of a move home
+    };
+    std::size_t size() const { return entries_.size() - unused_.size(); }
+    std::uint32_t Add(Entry entry);  // its tag
+    Entry Remove(std::uint32_t tag);
+    std::span<const Entry> entries() const { return entries_; }  // those that are not used as well
+
+   private:
+    std::vector<Entry> entries_;
+    std::vector<std::uint32_t> unused_;  // tags
   };
   struct Unstored {  // a published block that waits for its write-through; it may be evicted meanwhile
     BlockId block{};
@@ -212,7 +230,7 @@ class KvStore {
   std::int64_t num_evicted_ = 0;
   LookupStats lookups_;
   absl::flat_hash_set<std::shared_ptr<Restoring>, HashOfKey, EqualKeys> restoring_;
-  absl::flat_hash_map<std::uint64_t, Outstanding> outstanding_;
+  OutstandingTransfers outstanding_;
   PacedLink* link_ = nullptr;                  // of transfers_
   std::unique_ptr<BlockTransfers> transfers_;  // last: its records release into the pool
 };

@@ -15,6 +15,9 @@ namespace {
 
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// Transfers that a batch has room for from the beginning.
+constexpr std::size_t kMostReserved = 128;
+
 std::size_t BatchSize(const TransferOptions& options, std::size_t batch_bytes) {
   return std::max<std::size_t>(1, batch_bytes / options.block_bytes);
 }
@@ -27,12 +30,14 @@ std::size_t TransferEngine::Waiting::size() const {
   return size;
 }
 
-void TransferEngine::Waiting::PushBack(Transfer transfer) {
-  if (empty() || batches_.back().size() == batch_size_) batches_.emplace_back();
+void TransferEngine::Waiting::PushBack(Transfer&& transfer) {
+  if (empty() || batches_.back().size() == batch_size_) {
+    batches_.emplace_back().reserve(std::min(batch_size_, kMostReserved));
+  }
   batches_.back().push_back(std::move(transfer));
 }
 
-void TransferEngine::Waiting::PushFront(Transfer transfer) {
+void TransferEngine::Waiting::PushFront(Transfer&& transfer) {
   if (empty() || batches_.front().size() == batch_size_) batches_.emplace_front();
   batches_.front().push_back(std::move(transfer));  // within a batch there is no order
 }
@@ -84,7 +89,7 @@ TransferEngine::~TransferEngine() {
   if (thread_.joinable()) thread_.join();
 }
 
-std::uint64_t TransferEngine::Queue(Transfer transfer) {
+std::uint64_t TransferEngine::Queue(Transfer&& transfer) {
   const std::uint64_t id = transfer.id = next_id_++;
   const std::lock_guard lock(mutex_);
   Waiting& queue = queues_[static_cast<std::size_t>(transfer.kind)];
@@ -144,14 +149,17 @@ bool TransferEngine::AwaitWork() {
   return true;
 }
 
-// Launches batches until the stream has enough to do.
+// Launches batches until the stream has enough to do. All at once: a stream's thread that is woken for one copy may
+// take the core of this one, and would have nothing to do after it.
 void TransferEngine::Fill() {
+  stream_->Hold();
   while (in_flight_.size() < options_.depth && Now() >= cap_free_at_) {
     std::vector<Transfer> taken = TakeQueued();
-    if (taken.empty()) return;
+    if (taken.empty()) break;
     std::erase_if(taken, [this](Transfer& transfer) { return !Prepare(transfer); });
     if (!taken.empty()) Launch(std::move(taken));
   }
+  stream_->Resume();
 }
 
 // The queue whose turn it is; under the lock.

@@ -43,6 +43,7 @@ struct Transfer {
 
   Kind kind = Kind::kRestore;
   std::uint64_t id = 0;
+  std::uint32_t tag = 0;  // the queuer's own
   BlockKey key;
   PrefixIndex::Tokens tokens{};
   BlockRef block;  // the device end, held
@@ -83,7 +84,7 @@ class BlockTransfers {
   virtual ~BlockTransfers() = default;  // waits for what has begun, drops the rest
 
   // Returns the id.
-  virtual std::uint64_t Queue(Transfer transfer) = 0;
+  virtual std::uint64_t Queue(Transfer&& transfer) = 0;
   // True: it had not begun and never will; its ends are released.
   virtual bool Cancel(std::uint64_t id) = 0;
   // Everything that has ended since the last call, in order; the ends are released with the records.
@@ -100,7 +101,7 @@ class TransferEngine : public BlockTransfers {
                                                               std::function<void()> wake);
   ~TransferEngine() override;
 
-  std::uint64_t Queue(Transfer transfer) override;
+  std::uint64_t Queue(Transfer&& transfer) override;
   bool Cancel(std::uint64_t id) override;
   std::vector<Transfer> Collect() override;
   TransferStats stats(Transfer::Kind kind) const override;
@@ -113,8 +114,8 @@ class TransferEngine : public BlockTransfers {
     explicit Waiting(std::size_t batch_size) : batch_size_(batch_size) {}
     bool empty() const { return batches_.empty(); }
     std::size_t size() const;
-    void PushBack(Transfer transfer);
-    void PushFront(Transfer transfer);
+    void PushBack(Transfer&& transfer);
+    void PushFront(Transfer&& transfer);
     std::vector<Transfer> TakeFront();  // empty: none waits
     std::optional<Transfer> Remove(std::uint64_t id);
     void Clear() { batches_.clear(); }

@@ -38,10 +38,28 @@ CpuStream::~CpuStream() {
 }
 
 void CpuStream::Push(WorkItem item) {
+  if (is_holding_) {
+    held_.push_back(std::move(item));
+    return;
+  }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back(std::move(item));
   }
+  has_items_.store(true, std::memory_order_relaxed);
+  wake_.notify_one();
+}
+
+void CpuStream::Hold() { is_holding_ = true; }
+
+void CpuStream::Resume() {
+  is_holding_ = false;
+  if (held_.empty()) return;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (WorkItem& item : held_) queue_.push_back(std::move(item));
+  }
+  held_.clear();
   has_items_.store(true, std::memory_order_relaxed);
   wake_.notify_one();
 }

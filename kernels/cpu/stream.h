@@ -57,6 +57,8 @@ class CpuStream final : public Stream {
   std::shared_ptr<Event> RecordTime() override { return Record(); }
   // If the awaited work failed, this stream takes over its error: what follows would read garbage.
   void Wait(const std::shared_ptr<Event>& event) override;
+  void Hold() override;
+  void Resume() override;
   // With IgnoredOrder::kWaitAndNotify: runs `reached` before it returns.
   void Notify(std::function<void()> reached) override;
   absl::Status status() const override;
@@ -80,6 +82,10 @@ class CpuStream final : public Stream {
   WorkerPool& pool_;
   const std::function<void()> before_item_;
   const IgnoredOrder ignored_order_;
+
+  // Whoever queues.
+  bool is_holding_ = false;
+  std::vector<WorkItem> held_;
 
   // Stream's thread only.
   Scratch call_scratch_;

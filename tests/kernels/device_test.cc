@@ -13,8 +13,6 @@
 namespace spillway {
 namespace {
 
-using testing::TestWithParam;
-
 std::unique_ptr<Device> MakeDevice(CpuDeviceOptions options = {}) {
   if (options.num_workers == 0) options.num_workers = 2;
   return MakeCpuDevice(options).value();
@@ -164,6 +162,23 @@ TEST(StreamTest, CopyEventAndNotifyComeInOrder) {
   EXPECT_EQ(seen.get_future().get(), std::byte{7});
   EXPECT_TRUE(event->Await().ok());
   EXPECT_TRUE(event->Ready());
+}
+
+TEST(StreamTest, WhatIsHeldBeginsWithResumeInOrder) {
+  std::unique_ptr<Device> device = MakeDevice();
+  std::unique_ptr<Stream> stream = *device->NewStream();
+  std::vector<int> order;
+  stream->Hold();
+  stream->Notify([&order] { order.push_back(1); });
+  const std::shared_ptr<Event> held = stream->Record();
+  ASSERT_TRUE((*device->NewStream())->Record()->Await().ok());  // another stream goes on
+  EXPECT_FALSE(held->Ready());
+  stream->Notify([&order] { order.push_back(2); });
+  stream->Resume();
+  stream->Notify([&order] { order.push_back(3); });
+  ASSERT_TRUE(stream->Record()->Await().ok());
+  EXPECT_TRUE(held->Ready());
+  EXPECT_EQ(order, (std::vector<int>{1, 2, 3}));
 }
 
 TEST(StreamTest, EventsTellTheTimeBetweenThemAcrossStreams) {
