@@ -11,15 +11,23 @@ using nlohmann::json;
 
 constexpr std::int32_t kCached[] = {64, 256, 1024, 4096};
 constexpr std::int32_t kNew[] = {16, 64, 256};
-constexpr int kRepeats = 5;
-constexpr std::int64_t kDeviceBlocks = (kRepeats + 1) * (4096 + 256) / kBlockTokens;
+constexpr int kRounds = 7;
+constexpr std::int64_t kDeviceBlocks = (kRounds + 1) * (4096 + 256) / kBlockTokens;
 
-// Seconds until the first token, medians over prefixes.
-struct Timed {
-  double measured = 0;
-  double predicted = 0;
+// Seconds until the first token, by round.
+class Timed {
+ public:
+  void Add(double measured, double predicted) {
+    measured_.push_back(measured);
+    predicted_.push_back(predicted);
+  }
+  double measured() const { return Median(measured_); }
+  double predicted() const { return Median(predicted_); }
+  double error() const { return predicted() / measured() - 1; }
 
-  double error() const { return predicted / measured - 1; }
+ private:
+  std::vector<double> measured_;
+  std::vector<double> predicted_;
 };
 
 struct Point {
@@ -33,10 +41,19 @@ struct Point {
   double kappa() const { return static_cast<double>(cached) / fresh; }
   // P_OH tells of the load and of computing apart, so of loads that nothing
   // hides.
-  double overhead() const { return (whole.measured - resident.measured) / resident.measured; }
-  double overhead_predicted() const { return (whole.predicted - resident.predicted) / resident.predicted; }
+  double overhead() const { return whole.measured() / resident.measured() - 1; }
+  double overhead_predicted() const { return whole.predicted() / resident.predicted() - 1; }
   double worst_error() const { return std::max(std::abs(by_layer.error()), std::abs(whole.error())); }
 };
+
+std::vector<Point> Grid() {
+  std::vector<Point> points;
+  for (const std::int32_t cached : kCached) {
+    SPILLWAY_CHECK(cached % kBlockTokens == 0);
+    for (const std::int32_t fresh : kNew) points.push_back({.cached = cached, .fresh = fresh});
+  }
+  return points;
+}
 
 struct Engines {
   std::unique_ptr<Engine> by_layer{};
@@ -45,34 +62,29 @@ struct Engines {
 
 using Prefixes = std::vector<std::vector<std::int32_t>>;
 
-// Each prefix is in the host tier, and was not asked of `engine` before; then
-// it is on the device.
-Timed Measure(Engine& engine, const Prefixes& prefixes, const Prefill& prefill, Prompts& prompts) {
-  std::vector<double> measured;
-  std::vector<double> predicted;
-  for (const std::vector<std::int32_t>& prefix : prefixes) {
-    const EngineStatus before = engine.status();
-    predicted.push_back(before.cost_model->Load(prefill, {}).seconds);
-    measured.push_back(TimeToFirstToken(engine, prompts.Continue(prefix, static_cast<std::int32_t>(prefill.fresh))));
-    const std::int64_t restored = engine.status().restored_blocks - before.restored_blocks;
-    SPILLWAY_CHECK(restored == prefill.below / kBlockTokens) << restored << " blocks were restored";
-  }
-  return {.measured = Median(measured), .predicted = Median(predicted)};
+void Measure(Engine& engine, const std::vector<std::int32_t>& prefix, const Prefill& prefill, Prompts& prompts,
+             Timed& timed) {
+  const EngineStatus before = engine.status();
+  const double predicted = before.cost_model->Load(prefill, {}).seconds;
+  timed.Add(TimeToFirstToken(engine, prompts.Continue(prefix, static_cast<std::int32_t>(prefill.fresh))), predicted);
+  const std::int64_t restored = engine.status().restored_blocks - before.restored_blocks;
+  SPILLWAY_CHECK(restored == prefill.below / kBlockTokens) << restored << " blocks were restored";
 }
 
-Point Measure(const Engines& engines, const Prefixes& prefixes, std::int32_t fresh, Prompts& prompts) {
-  Point point{.cached = static_cast<std::int32_t>(prefixes.front().size()), .fresh = fresh};
-  const Prefill below{.below = point.cached, .fresh = fresh, .hiding = std::min(fresh, kStepTokens)};
-  point.by_layer = Measure(*engines.by_layer, prefixes, below, prompts);
-  point.whole = Measure(*engines.whole, prefixes, {.below = point.cached, .fresh = fresh}, prompts);
-  point.resident = Measure(*engines.whole, prefixes, {.resident = point.cached, .fresh = fresh}, prompts);
-  return point;
+// `prefix` is in the host tier, and was not asked of the engines before; then it is on the device.
+void Measure(const Engines& engines, const std::vector<std::int32_t>& prefix, Prompts& prompts, Point& point) {
+  const Prefill whole{.below = point.cached, .fresh = point.fresh};
+  Prefill by_layer = whole;
+  by_layer.hiding = std::min(point.fresh, kStepTokens);
+  Measure(*engines.by_layer, prefix, by_layer, prompts, point.by_layer);
+  Measure(*engines.whole, prefix, whole, prompts, point.whole);
+  Measure(*engines.whole, prefix, {.resident = point.cached, .fresh = point.fresh}, prompts, point.resident);
 }
 
 void Show(const Point& point) {
   std::printf("%7d %6d %7.1f", point.cached, point.fresh, point.kappa());
   for (const Timed& timed : {point.by_layer, point.whole, point.resident}) {
-    std::printf(" %9.1f %9.1f %6.1f%%", 1e3 * timed.measured, 1e3 * timed.predicted, 100 * timed.error());
+    std::printf(" %9.1f %9.1f %6.1f%%", 1e3 * timed.measured(), 1e3 * timed.predicted(), 100 * timed.error());
   }
   std::printf(" %8.2f %8.2f\n", point.overhead(), point.overhead_predicted());
   std::fflush(stdout);
@@ -80,7 +92,7 @@ void Show(const Point& point) {
 
 json ToJson(const Point& point) {
   const auto of = [](const Timed& timed) {
-    return json{{"ttft_seconds", timed.measured}, {"predicted_ttft_seconds", timed.predicted}};
+    return json{{"ttft_seconds", timed.measured()}, {"predicted_ttft_seconds", timed.predicted()}};
   };
   return {{"cached", point.cached},
           {"new", point.fresh},
@@ -115,13 +127,11 @@ json MeasureOverhead(PacedRig& rig, const std::vector<double>& links) {
   options.max_model_len = 8192;
   options.max_num_batched_tokens = kStepTokens;
   Prompts prompts(7);
-  std::vector<Prefixes> prefixes;  // for each (cached, new)
-  for (const std::int32_t cached : kCached) {
-    for ([[maybe_unused]] const std::int32_t fresh : kNew) {
-      auto& of_point = prefixes.emplace_back();
-      for (int i = 0; i < kRepeats; ++i) of_point.push_back(prompts.Next(cached));
-      rig.Store(of_point, options, kDeviceBlocks);
-    }
+  std::vector<Prefixes> prefixes;  // by point, then round
+  for (const Point& point : Grid()) {
+    auto& of_point = prefixes.emplace_back();
+    for (int i = 0; i < kRounds; ++i) of_point.push_back(prompts.Next(point.cached));
+    rig.Store(of_point, options, kDeviceBlocks);
   }
   json all = json::array();
   for (const double link : links) {
@@ -138,17 +148,17 @@ json MeasureOverhead(PacedRig& rig, const std::vector<double>& links) {
         "predicted, error: loaded by layer, whole, on the "
         "device; medians of %d\n%7s %6s %7s %9s %9s %7s %9s %9s %7s "
         "%9s %9s %7s %8s %8s\n",
-        link / 1e6, kRepeats, "cached", "new", "kappa", "by layer", "predicted", "error", "whole", "predicted", "error",
+        link / 1e6, kRounds, "cached", "new", "kappa", "by layer", "predicted", "error", "whole", "predicted", "error",
         "on device", "predicted", "error", "P_OH", "predicted");
-    std::vector<Point> points;
+    std::vector<Point> points = Grid();
+    // All points in every round: the machine's speed changes within seconds, and each of them sees all of it.
+    for (std::size_t round = 0; round < kRounds; ++round) {
+      for (std::size_t i = 0; i < points.size(); ++i) Measure(engines, prefixes[i][round], prompts, points[i]);
+    }
     json rows = json::array();
-    for (std::size_t i = 0; const std::int32_t cached : kCached) {
-      SPILLWAY_CHECK(cached % kBlockTokens == 0);
-      for (const std::int32_t fresh : kNew) {
-        const Point& point = points.emplace_back(Measure(engines, prefixes[i++], fresh, prompts));
-        Show(point);
-        rows.push_back(ToJson(point));
-      }
+    for (const Point& point : points) {
+      Show(point);
+      rows.push_back(ToJson(point));
     }
     double worst = 0;
     for (const Point& point : points) worst = std::max(worst, point.worst_error());

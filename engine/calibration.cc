@@ -92,8 +92,8 @@ absl::StatusOr<ComputeSpeed> Calibrator::Compute() {
   speed.kv_bytes_per_second = std::max(costs_.weight_bytes, costs_.kv_bytes_per_token) / speed.step_floor_seconds;
   RETURN_IF_ERROR(MeasureProducts(speed));
   speed.attention_flops_per_second = kAttentionShare * speed.linear_flops_per_second;
-  RETURN_IF_ERROR(MeasureAttention(speed));
   RETURN_IF_ERROR(MeasureKvReads(speed));
+  RETURN_IF_ERROR(MeasureAttention(speed));
   return speed;
 }
 
@@ -124,7 +124,8 @@ absl::Status Calibrator::MeasureProducts(ComputeSpeed& speed) {
 SizedSpeed Calibrator::Products(const ComputeSpeed& speed) const {
   SizedSpeed products;
   for (const Measured& each : prefills_) {
-    const double attention = costs_.AttentionFlops(0, each.tokens) / speed.attention_flops_per_second;
+    const double attention = costs_.AttentionFlops(0, each.tokens) / speed.attention_flops_per_second +
+                             each.tokens * costs_.kv_bytes_per_token / speed.kv_bytes_per_second;
     const double seconds = std::max(each.seconds - attention, each.seconds / 2);
     products.Measure(LinearFlops(each.tokens), LinearFlops(each.tokens), seconds, 1);
   }
@@ -140,7 +141,9 @@ absl::Status Calibrator::MeasureAttention(ComputeSpeed& speed) {
   if (!HasTimeFor(products + flops / speed.attention_flops_per_second)) return absl::OkStatus();
   ASSIGN_OR_RETURN(const double alone, StepSeconds(0, tokens));
   ASSIGN_OR_RETURN(const double seconds, StepSeconds(cached, tokens));
-  speed.attention_flops_per_second = flops / std::max(seconds - alone, kLeastShare * seconds);
+  const double extra = std::max(seconds - alone, kLeastShare * seconds);
+  const double reading = cached * costs_.kv_bytes_per_token / speed.kv_bytes_per_second;
+  speed.attention_flops_per_second = flops / std::max(extra - reading, extra / 2);
   return absl::OkStatus();
 }
 

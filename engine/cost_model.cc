@@ -10,12 +10,12 @@
 namespace spillway {
 namespace {
 
-// Weight of a new report against what is known.
+// Weight of a new report against what is known. The same for what was faster and what was slower, or predictions would
+// lie beside the middle of what a disturbed machine does.
 constexpr double kReportWeight = 0.1;
-// Of a step that was faster than predicted: what disturbs a step only makes it slower, so this one tells more.
-constexpr double kFasterWeight = 0.3;
+constexpr double kStepWeight = 0.2;
 // A report further off than this counts as if it were this far off: a page fault or a suspended process is not a speed.
-constexpr double kMaxSurprise = 4;
+constexpr double kMaxSurprise = 2;
 constexpr double kLargest = 1e30;  // more FLOPs than any step has: the speed of the largest that is known
 
 // max(floor, FLOPs / rate), of steps of at least one token.
@@ -51,23 +51,11 @@ CostModel::CostModel(const ModelCosts& costs, const ComputeSpeed& compute, const
   SPILLWAY_CHECK(costs.flops_per_token > 0 && costs.kv_bytes_per_token > 0);
 }
 
-double CostModel::AttentionSeconds(std::int64_t cached, std::int64_t tokens) const {
-  const auto keys = static_cast<double>(cached + tokens);
-  return std::max(costs_.AttentionFlops(static_cast<double>(cached), static_cast<double>(tokens)) /
-                      compute_.attention_flops_per_second,
-                  keys * costs_.kv_bytes_per_token / compute_.kv_bytes_per_second);
-}
-
 void CostModel::Add(StepWork& work, std::int64_t cached, std::int64_t tokens, bool samples) const {
-  const double flops = costs_.AttentionFlops(static_cast<double>(cached), static_cast<double>(tokens));
-  const double bytes = static_cast<double>(cached + tokens) * costs_.kv_bytes_per_token;
   work.num_tokens += tokens;
   work.linear_flops += static_cast<double>(tokens) * costs_.flops_per_token + (samples ? costs_.flops_per_sample : 0);
-  if (flops / compute_.attention_flops_per_second > bytes / compute_.kv_bytes_per_second) {
-    work.attention_flops += flops;
-  } else {
-    work.kv_bytes += bytes;
-  }
+  work.attention_flops += costs_.AttentionFlops(static_cast<double>(cached), static_cast<double>(tokens));
+  work.kv_bytes += static_cast<double>(cached + tokens) * costs_.kv_bytes_per_token;
 }
 
 double CostModel::StepSeconds(const StepWork& work) const {
@@ -100,20 +88,24 @@ double CostModel::kappa_crit() const {
          compute_.linear_flops_per_second;
 }
 
-// Load K tokens: K B / BW. Compute T behind them: max(floor, T F / C) + T (K + T / 2) A / C_a. Equal at K.
+// Load K tokens: K B / BW. Compute T behind them: max(floor, T F / C) + T (K + T / 2) A / C_a + (K + T) B / R. Equal at
+// K.
 double CostModel::KappaCritAt(std::int64_t tokens) const {
   const auto count = static_cast<double>(tokens);
-  const double attention_per_loaded = count * costs_.attention_flops_per_key / compute_.attention_flops_per_second;
+  const double attention_per_loaded =
+      count * costs_.attention_flops_per_key / compute_.attention_flops_per_second + ReadSeconds(1);
   const double load_per_loaded = LoadSeconds(1);
   if (attention_per_loaded >= load_per_loaded) return std::numeric_limits<double>::infinity();
   const double compute_alone = LinearSeconds(count * costs_.flops_per_token) +
-                               costs_.AttentionFlops(0, count) / compute_.attention_flops_per_second;
+                               costs_.AttentionFlops(0, count) / compute_.attention_flops_per_second +
+                               ReadSeconds(count);
   return compute_alone / (load_per_loaded - attention_per_loaded) / count;
 }
 
 double CostModel::critical_chunk_tokens() const {
   if (costs_.attention_flops_per_key <= 0) return std::numeric_limits<double>::infinity();
-  return LoadSeconds(1) * compute_.attention_flops_per_second / costs_.attention_flops_per_key;
+  return std::max(0.0, LoadSeconds(1) - ReadSeconds(1)) * compute_.attention_flops_per_second /
+         costs_.attention_flops_per_key;
 }
 
 double CostModel::LinkOverhead(std::int64_t loaded, std::int64_t tokens) const {
@@ -195,8 +187,7 @@ void CostModel::OnStep(const StepWork& work, double seconds) {
   const double predicted = StepSeconds(work);
   if (predicted <= 0 || seconds <= 0) return;
   const double surprise = std::clamp(seconds / predicted, 1 / kMaxSurprise, kMaxSurprise);
-  const double weight = surprise < 1 ? kFasterWeight : kReportWeight;
-  const auto factor = [&](double part) { return std::pow(surprise, weight * part / predicted); };
+  const auto factor = [&](double part) { return std::pow(surprise, kStepWeight * part / predicted); };
   const double linear = LinearSeconds(work.linear_flops);
   // Weighed already; so a size that is new begins with what was predicted for it.
   products_.Measure(work.linear_flops, work.linear_flops, linear * factor(linear), 1);

@@ -3,8 +3,8 @@
 // CostModel: what a request costs on the link and on the compute units, from measured speeds.
 //
 //   compute   a step takes what its matrix products take by their size, max(floor, FLOPs / rate) where that was not
-//             measured, + attention, which per sequence is bound by its FLOPs or by reading the keys and values,
-//             whichever is longer
+//             measured, + attention: its FLOPs / rate + reading the keys and values, which the few new tokens of a
+//             long sequence do not hide
 //   link      bytes of cached tokens over the sustained bandwidth of copies of that size
 //   kappa     tokens to load / tokens to compute; kappa_crit is where the two times are equal
 //
@@ -21,14 +21,14 @@ namespace spillway {
 using LinkSpeed = SizedSpeed;  // of copies, by bytes
 
 struct ComputeSpeed {
-  double linear_flops_per_second = 0;      // matrix products of the largest steps
-  double attention_flops_per_second = 0;   // of many new tokens
-  double kv_bytes_per_second = 0;          // reading keys and values on the device, for few new tokens
+  double linear_flops_per_second = 0;  // matrix products of the largest steps
+  double attention_flops_per_second = 0;
+  double kv_bytes_per_second = 0;          // reading keys and values on the device
   double step_floor_seconds = 0;           // of a step however small: weights read once, launches
   double projection_flops_per_second = 0;  // keys and values from kept inputs; 0: as other matrix products
 };
 
-// What a step computes, by the resource that binds it. Filled by CostModel::Add.
+// What a step computes. Filled by CostModel::Add.
 struct StepWork {
   std::int64_t num_tokens = 0;
   double linear_flops = 0;
@@ -126,7 +126,7 @@ class CostModel {
  private:
   double LinearSeconds(double flops) const { return products_.Seconds(flops); }
   double StreamSeconds(double bytes_per_token) const;
-  double AttentionSeconds(std::int64_t cached, std::int64_t tokens) const;
+  double ReadSeconds(double tokens) const { return tokens * costs_.kv_bytes_per_token / compute_.kv_bytes_per_second; }
   Restoration With(const Prefill& prefill, const Backlog& backlog, std::int64_t recomputed) const;
 
   ModelCosts costs_;

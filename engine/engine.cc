@@ -102,8 +102,9 @@ class ThreadedEngine : public Engine {
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<StepRunner> runner_;
   std::optional<CostModel> cost_model_;
-  TransferStats restores_;        // that cost_model_ has been told of
-  HomeReader::Times home_times_;  // likewise
+  TransferStats restores_;           // that cost_model_ has been told of
+  HomeReader::Times home_times_;     // likewise
+  double load_stalled_seconds_ = 0;  // likewise
   std::optional<Step> running_;
   std::optional<Step> ahead_;           // queued behind running_
   std::shared_ptr<Event> last_end_;     // of the step before; null where the engine has slept since
@@ -481,7 +482,7 @@ StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
   return work;
 }
 
-// Of a streamed step that was timed, only what is not waiting for the link or projecting is the work's.
+// Of a step that was timed, only what is not copying, waiting for the link or projecting is the work's.
 void ThreadedEngine::TrainCosts(const Step& step, double seconds) {
   const StepPlan& plan = step.plan;
   if (plan.num_streamed > 0 && keeps_inputs()) {
@@ -493,7 +494,9 @@ void ThreadedEngine::TrainCosts(const Step& step, double seconds) {
     cost_model_->OnProjection(now.projected_flops - known.projected_flops, projecting);
     seconds -= projecting + now.waiting_seconds - known.waiting_seconds;
   }
-  if (plan.num_arriving == 0) cost_model_->OnStep(step.work, seconds);  // else it may have waited for the link
+  const double stalled = runner_->load_stalled_seconds();
+  seconds -= stalled - std::exchange(load_stalled_seconds_, stalled);
+  cost_model_->OnStep(step.work, seconds);
 }
 
 bool ThreadedEngine::RunStep() {

@@ -35,6 +35,8 @@ void LayerLoader::Load(Stream& stream, int layer) {
     const double copying = Now() - began_at_;
     const double carrying = link_.Await(queued_at, count, count * bytes);
     seconds_.store(seconds_.load(std::memory_order_relaxed) + std::max(copying, carrying), std::memory_order_relaxed);
+    stalled_seconds_.store(stalled_seconds_.load(std::memory_order_relaxed) + Now() - began_at_,
+                           std::memory_order_relaxed);
   });
 }
 

@@ -35,6 +35,8 @@ class LayerLoader {
   // Any thread: by the steps that were begun so far, and the seconds in which the link, or a copying core, was busy.
   std::int64_t loaded_blocks() const { return loaded_blocks_.load(std::memory_order_relaxed); }
   double seconds() const { return seconds_.load(std::memory_order_relaxed); }
+  // In which the steps' stream copied or awaited the link, and computed nothing. Complete once a step is done.
+  double stalled_seconds() const { return stalled_seconds_.load(std::memory_order_relaxed); }
 
  private:
   struct Move {
@@ -47,6 +49,7 @@ class LayerLoader {
   std::vector<Move> moves_;
   std::atomic<std::int64_t> loaded_blocks_{0};
   std::atomic<double> seconds_{0};
+  std::atomic<double> stalled_seconds_{0};
   double began_at_ = 0;  // thread of the step's stream
 };
 

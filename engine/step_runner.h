@@ -60,6 +60,7 @@ class StepRunner {
   // Any thread: blocks that came up inside steps, and the seconds that took.
   std::int64_t loaded_blocks() const { return layer_loader_ ? layer_loader_->loaded_blocks() : 0; }
   double load_seconds() const { return layer_loader_ ? layer_loader_->seconds() : 0; }
+  double load_stalled_seconds() const { return layer_loader_ ? layer_loader_->stalled_seconds() : 0; }
   std::int64_t streamed_bytes() const { return home_reader_ ? home_reader_->read_bytes() : 0; }
   std::int64_t projected_blocks() const { return home_reader_ ? home_reader_->projected_blocks() : 0; }
   HomeReader::Times home_times() const { return home_reader_ ? home_reader_->times() : HomeReader::Times{}; }

@@ -148,14 +148,14 @@ CostModel Small(double link_bytes_per_second) { return {kSmall, kMachine, LinkOf
 TEST(CostModelTest, AStepTakesItsFloorOrItsProductsThenItsAttention) {
   const CostModel model = Small(1e9);
   EXPECT_EQ(model.ComputeSeconds(1000, 0), 0);
-  const double one_token = 0.01 + 1001 * 2e4 / 1e10;  // bound by reading keys and values
+  const double one_token = 0.01 + 1e5 * 1001 / 2e11 + 1001 * 2e4 / 1e10;
   EXPECT_NEAR(model.ComputeSeconds(1000, 1), one_token, 1e-12);
-  const double many = (1000 * 4e8 + 6e7) / 8e11 + 1e5 * 1000 * (500 + 500.5) / 2e11;
+  const double many = (1000 * 4e8 + 6e7) / 8e11 + 1e5 * 1000 * (500 + 500.5) / 2e11 + 1500 * 2e4 / 1e10;
   EXPECT_NEAR(model.ComputeSeconds(500, 1000), many, 1e-12);
   StepWork batch;
   model.Add(batch, 500, 1000, true);
   model.Add(batch, 1000, 1, true);
-  EXPECT_NEAR(model.StepSeconds(batch), many + (4e8 + 6e7) / 8e11 + 1001 * 2e4 / 1e10, 1e-12);
+  EXPECT_NEAR(model.StepSeconds(batch), many + (4e8 + 6e7) / 8e11 + 1e5 * 1001 / 2e11 + 1001 * 2e4 / 1e10, 1e-12);
 }
 
 TEST(CostModelTest, KappaCritAtIsWhereLoadingTakesAsLongAsComputing) {
@@ -171,15 +171,17 @@ TEST(CostModelTest, KappaCritAtIsWhereLoadingTakesAsLongAsComputing) {
 
 TEST(CostModelTest, FromTheCriticalChunkOnEveryLoadIsHidden) {
   const CostModel model = Small(1e8);
-  const auto critical = static_cast<std::int64_t>(std::ceil(model.critical_chunk_tokens()));
-  EXPECT_EQ(critical, 400);  // (2e4 / 1e8) x 2e11 / 1e5
+  EXPECT_NEAR(model.critical_chunk_tokens(), 396, 1e-9);  // (2e4 / 1e8 - 2e4 / 1e10) x 2e11 / 1e5
+  const std::int64_t critical = 397;
   EXPECT_EQ(model.KappaCritAt(critical), std::numeric_limits<double>::infinity());
   EXPECT_LT(model.LinkOverhead(10'000'000, critical), 1);
   EXPECT_GT(model.LinkOverhead(10'000'000, critical - 20), 1);
 }
 
 TEST(CostModelTest, ASmallStepRaisesKappaCritByItsFloor) {
-  const CostModel model({.flops_per_token = 4e8, .kv_bytes_per_token = 2e4}, kMachine, LinkOf(1e8), kCopyBytes);
+  ComputeSpeed reads_at_once = kMachine;
+  reads_at_once.kv_bytes_per_second = 1e30;
+  const CostModel model({.flops_per_token = 4e8, .kv_bytes_per_token = 2e4}, reads_at_once, LinkOf(1e8), kCopyBytes);
   const double floor_tokens = 0.01 * 8e11 / 4e8;
   EXPECT_NEAR(model.KappaCritAt(2), model.kappa_crit() * floor_tokens / 2, 1e-9);
   EXPECT_NEAR(model.KappaCritAt(1000), model.kappa_crit(), 1e-9);
