@@ -11,7 +11,7 @@ using nlohmann::json;
 
 constexpr std::int32_t kCached[] = {32, 128, 512, 2048};
 constexpr std::int32_t kNew[] = {16, 128};
-constexpr int kRepeats = 9;
+constexpr int kRounds = 15;
 constexpr std::int64_t kDeviceBlocks = 1024;
 constexpr std::array kChoices = {LoadChoice::kLoad, LoadChoice::kRecompute, LoadChoice::kSplit, LoadChoice::kAuto};
 constexpr std::size_t kFixed = 3;  // the first three
@@ -30,7 +30,7 @@ Grid StoreGrid(PacedRig& rig, const EngineOptions& options, Prompts& prompts) {
   for (const std::int32_t cached : kCached) {
     for ([[maybe_unused]] const std::int32_t fresh : kNew) {
       auto& of_point = grid.prefixes.emplace_back();
-      for (int i = 0; i <= kRepeats; ++i) of_point.push_back(prompts.Next(cached));
+      for (int i = 0; i <= kRounds; ++i) of_point.push_back(prompts.Next(cached));
       rig.Store(of_point, options, kDeviceBlocks);
     }
   }
@@ -39,10 +39,13 @@ Grid StoreGrid(PacedRig& rig, const EngineOptions& options, Prompts& prompts) {
 
 using Engines = std::array<std::unique_ptr<Engine>, kChoices.size()>;
 
-// The choices alternate, so that what disturbs the machine disturbs all.
+// The choices alternate, beginning with another one in each round: what disturbs the machine, or comes first, does so
+// for all.
 void Measure(const Engines& engines, const std::vector<std::int32_t>& prefix, std::int32_t fresh, Prompts& prompts,
              Outcome& outcome) {
-  for (std::size_t i = 0; i < engines.size(); ++i) {
+  const std::size_t first = outcome.restored.size();
+  for (std::size_t turn = 0; turn < engines.size(); ++turn) {
+    const std::size_t i = (first + turn) % engines.size();
     const std::int64_t before = engines[i]->status().restored_blocks;
     outcome.seconds[i].push_back(TimeToFirstToken(*engines[i], prompts.Continue(prefix, fresh)));
     const std::int64_t restored = engines[i]->status().restored_blocks - before;
@@ -100,16 +103,16 @@ json MeasureChoices(PacedRig& rig, const std::vector<double>& links) {
     }
     std::vector<Outcome> warm_up(grid.prefixes.size());
     std::vector<Outcome> outcomes(grid.prefixes.size());
-    for (int repeat = 0; repeat <= kRepeats; ++repeat) {
+    for (int round = 0; round <= kRounds; ++round) {
       for (std::size_t i = 0; i < grid.prefixes.size(); ++i) {
-        Measure(engines, grid.prefixes[i][static_cast<std::size_t>(repeat)], kNew[i % std::size(kNew)], prompts,
-                repeat == 0 ? warm_up[i] : outcomes[i]);
+        Measure(engines, grid.prefixes[i][static_cast<std::size_t>(round)], kNew[i % std::size(kNew)], prompts,
+                round == 0 ? warm_up[i] : outcomes[i]);
       }
     }
     std::printf(
         "\nlink paced to %g MB/s; milliseconds to the first token, medians of %d\n%7s %6s %9s %9s %9s %9s %9s %9s  "
         "%s\n",
-        link / 1e6, kRepeats, "cached", "new", "load", "recompute", "split", "chosen", "to best", "loaded", "best");
+        link / 1e6, kRounds, "cached", "new", "load", "recompute", "split", "chosen", "to best", "loaded", "best");
     json rows = json::array();
     for (std::size_t i = 0; i < outcomes.size(); ++i) {
       rows.push_back(Show(kCached[i / std::size(kNew)], kNew[i % std::size(kNew)], outcomes[i], margins, worst));
