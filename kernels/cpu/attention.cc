@@ -68,14 +68,13 @@ class Plan {
 
   std::int64_t num_items() const { return num_items_ * num_kv_heads_; }
 
-  void Run(const AttentionBodies& bodies, std::int64_t item, Scratch& scratch) const {
+  void Run(const AttentionBodies& bodies, const WorkerPool& pool, std::int64_t item, Scratch& scratch) const {
     const PlannedTile& planned = PlannedOf(item);
     AttentionTile part = TileOf(item);
-    // Workers take items in turns, more or less.
-    const std::int64_t next_item = item + num_workers_;
-    const AttentionTile next = next_item < num_items() ? TileOf(next_item) : AttentionTile();
-    if (next_item < num_items()) part.next = &next;
-    part.is_announced = item >= num_workers_;
+    const bool has_next = item + 1 < num_items() && !pool.BeginsShare(item + 1, num_items());
+    const AttentionTile next = has_next ? TileOf(item + 1) : AttentionTile();
+    if (has_next) part.next = &next;
+    part.is_announced = !pool.BeginsShare(item, num_items());
     bodies.attend(args_, part, scratch);
     if (part.segment_states == nullptr) return;
     const bool is_last = counters_[planned.counter_begin + part.kv_head].fetch_sub(1, std::memory_order_acq_rel) == 1;
@@ -182,7 +181,7 @@ void RunAttention(Target target, const WorkPlace& place, const AttentionArgs& ar
   const AttentionBodies& bodies = bf16_bodies != nullptr ? *bf16_bodies : AttentionBodiesOf(target);
   const Plan plan(args, bodies.rows_per_tile, place.pool.num_workers(), place.call);
   place.pool.ParallelFor(plan.num_items(), place.worker,
-                         [&](std::int64_t item, Scratch& scratch) { plan.Run(bodies, item, scratch); });
+                         [&](std::int64_t item, Scratch& scratch) { plan.Run(bodies, place.pool, item, scratch); });
 }
 
 }  // namespace spillway::cpu

@@ -46,8 +46,10 @@ struct DotPiece;
 
 // A body of gemm_dot.h.
 struct DotBody {
-  void (*multiply)(const DotPiece&) = nullptr;  // null: there is none
-  bool wants_tiles = false;                     // of more than two tiles of rows
+  void (*multiply)(const DotPiece&) = nullptr;                 // null: there is none
+  bool wants_tiles = false;                                    // of more than two tiles of rows
+  void (*begin)(std::int64_t num_rows) = [](std::int64_t) {};  // before pieces of so many rows on a thread, and
+  void (*end)() = [] {};                                       // after the last one
 };
 
 // Of a row of integers.

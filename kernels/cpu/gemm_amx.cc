@@ -1,4 +1,9 @@
 // The GEMM body for AMX: two tiles of 16 rows against the two halves of a panel.
+//
+// A product of two tiles takes 16 cycles, a load of one 8 if it hits the first-level cache and 26 or so if it comes
+// from the second. So half of the loads must hit, and sums be stored rarely and where they are in the first-level cache
+// already. Other instructions run beside products only while they are few: what becomes of the sums of one piece is
+// done part by part between the blocks of the next.
 
 #include <algorithm>
 #include <array>
@@ -24,9 +29,12 @@ constexpr std::int64_t kTileRows = kDotTileRows;
 constexpr std::int64_t kSumBytes = 4;
 constexpr std::int64_t kSumsStride = kPanelColumns * kSumBytes;
 constexpr std::int64_t kHalfStride = kDotHalfColumns * kSumBytes;
-// How far ahead of its use a panel is fetched into the second-level cache, which has more reads under way than the
-// first.
-constexpr std::int64_t kPrefetchBytes = 16384;
+constexpr std::int64_t kBlockBytes = 2 * kDotHalfBytes;
+// How many blocks ahead of its use a panel is fetched into the second-level cache, which has more reads under way than
+// the first.
+constexpr std::int64_t kBlocksAhead = 8;
+// Blocks of a panel that stay in the first-level cache while many rows stream by.
+constexpr std::int64_t kResidentBlocks = 20;
 
 // Tiles, which the intrinsics want as literals: 0 to 3 sums of (upper, lower) rows x (first, second) half of the panel,
 // 4 and 5 the upper and lower rows, 6 and 7 the halves.
@@ -67,17 +75,49 @@ constexpr auto kConfigs = [] {
 
 enum class Element : std::uint8_t { kBF16, kInt8 };
 
+// What a piece wants done beside its products, a part with each block.
+class Beside {
+ public:
+  explicit Beside(const DotPiece& piece)
+      : piece_(piece), output_(piece.output.data), output_rows_(piece.output.data != nullptr ? piece.num_rows : 0) {}
+
+  __attribute__((always_inline)) void Block() {
+    for (int row = 0; row < 2 && output_rows_ > 0; ++row, --output_rows_, output_ += piece_.output.row_stride) {
+      __builtin_prefetch(output_, 1, 3);
+      __builtin_prefetch(output_ + piece_.output.row_bytes - 1, 1, 3);
+    }
+    // num_parts in num_blocks blocks, evenly.
+    for (due_ += piece_.num_parts; due_ >= piece_.num_blocks; due_ -= piece_.num_blocks) piece_.background(part_++);
+  }
+
+ private:
+  const DotPiece& piece_;
+  const std::byte* output_;
+  std::int64_t output_rows_;
+  std::int64_t part_ = 0;
+  std::int64_t due_ = 0;
+};
+
+inline void FetchLines(const std::byte* from, std::int64_t size_bytes) {
+  const auto* const at = reinterpret_cast<const char*>(from);
+  for (std::int64_t i = 0; i < size_bytes; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
+}
+
 // Few rows: the panel comes from memory and is read once, while the rows stay in the nearest cache.
 template <Element kElement, bool kHasLower>
 SPILLWAY_AMX void MultiplyFew(const DotPiece& piece) {
   const std::byte* const a = piece.a.data;
   const std::byte* const lower = a + piece.a.tile_stride;
+  Beside beside(piece);
   for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
-    const std::byte* const panel = piece.panel + block * 2 * kDotHalfBytes;
-#pragma GCC unroll 32
-    for (std::int64_t i = 0; i < 2 * kDotHalfBytes; i += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(panel) + kPrefetchBytes + i, _MM_HINT_T1);
+    const std::byte* const panel = piece.panel + block * kBlockBytes;
+    const std::int64_t ahead = block + kBlocksAhead - piece.num_blocks;
+    if (ahead < 0) {
+      FetchLines(panel + kBlocksAhead * kBlockBytes, kBlockBytes);
+    } else if ((ahead + 1) * kBlockBytes <= piece.next.size_bytes) {
+      FetchLines(piece.next.data + ahead * kBlockBytes, kBlockBytes);
     }
+    beside.Block();
     _tile_stream_loadd(6, panel, kDotBlockBytes);
     _tile_loadd(4, a + block * piece.a.block_stride, piece.a.row_stride);
     SPILLWAY_TILE_DOT(0, 4, 6);
@@ -91,41 +131,39 @@ SPILLWAY_AMX void MultiplyFew(const DotPiece& piece) {
   }
 }
 
-// Lines that are fetched into the second-level cache, so many with each block.
-struct Fetch {
-  const std::byte* at;
-  const std::byte* end;
-  std::int64_t bytes_per_block;
-};
-
-// Many rows stream past a piece of a panel, which stays in the nearest cache: the rows must not push it out, so they
-// are loaded with the hint that they are not used again soon. A tile is loaded as soon as its register is free.
+// Many rows stream past a piece of a panel: rows, and what of the panel does not stay, are loaded with the hint that
+// they are not used again soon, since they must not push out what stays.
 template <Element kElement, bool kHasLower>
-SPILLWAY_AMX void MultiplyMany(const DotPiece& piece, const std::byte* a, Fetch& fetch) {
+SPILLWAY_AMX void MultiplyMany(const DotPiece& piece) {
+  const std::byte* a = piece.a.data;
   const std::byte* lower = a + piece.a.tile_stride;
   const std::byte* panel = piece.panel;
-  const std::byte* at = fetch.at;
   const std::int64_t row_stride = piece.a.row_stride;
-  const std::int64_t block_stride = piece.a.block_stride;
-  _tile_stream_loadd(4, a, row_stride);
-  _tile_loadd(6, panel, kDotBlockBytes);
-  for (std::int64_t block = 1; block <= piece.num_blocks; ++block) {
-    const std::byte* const fetch_end = std::min(at + fetch.bytes_per_block, fetch.end);
-    for (; at < fetch_end; at += 64) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-    const bool has_next = block < piece.num_blocks;
-    SPILLWAY_TILE_DOT(0, 4, 6);
-    _tile_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
+  Beside beside(piece);
+  for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
+    const DotRead next = piece.next.Part(block, piece.num_blocks);
+    FetchLines(next.data, next.size_bytes);
+    beside.Block();
+    _tile_stream_loadd(4, a, row_stride);
+    if (block < kResidentBlocks) {
+      _tile_loadd(6, panel, kDotBlockBytes);
+      SPILLWAY_TILE_DOT(0, 4, 6);
+      _tile_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
+    } else {
+      _tile_stream_loadd(6, panel, kDotBlockBytes);
+      SPILLWAY_TILE_DOT(0, 4, 6);
+      _tile_stream_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
+    }
     SPILLWAY_TILE_DOT(1, 4, 7);
-    if constexpr (kHasLower) _tile_stream_loadd(5, lower, row_stride);
-    a += block_stride;
+    if constexpr (kHasLower) {
+      _tile_stream_loadd(5, lower, row_stride);
+      SPILLWAY_TILE_DOT(2, 5, 6);
+      SPILLWAY_TILE_DOT(3, 5, 7);
+    }
+    a += piece.a.block_stride;
+    lower += piece.a.block_stride;
     panel += 2 * kDotHalfBytes;
-    lower += block_stride;
-    if (has_next) _tile_stream_loadd(4, a, row_stride);
-    if constexpr (kHasLower) SPILLWAY_TILE_DOT(2, 5, 6);
-    if (has_next) _tile_loadd(6, panel, kDotBlockBytes);
-    if constexpr (kHasLower) SPILLWAY_TILE_DOT(3, 5, 7);
   }
-  fetch.at = at;
 }
 
 SPILLWAY_AMX void BeginSums(const DotPiece& piece, std::byte* sums, bool has_lower) {
@@ -172,34 +210,28 @@ void DeclareAccess(const DotPiece& piece) {
   DeclareWrite(piece.sums, static_cast<std::size_t>(piece.num_rows * kSumsStride));
 }
 
+// The intrinsics do not tell the compiler what memory they read and write.
+inline void OrderMemory() { asm volatile("" ::: "memory"); }
+
 template <Element kElement>
 SPILLWAY_AMX void MultiplyPiece(const DotPiece& piece) {
   DeclareAccess(piece);
-  const std::int64_t num_pairs = (piece.num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
-  const std::int64_t lines_per_block =
-      (piece.next_bytes / 64 + num_pairs * piece.num_blocks - 1) / (num_pairs * piece.num_blocks);
-  Fetch fetch = {piece.next, piece.next == nullptr ? nullptr : piece.next + piece.next_bytes, 64 * lines_per_block};
-  std::int64_t configured_rows = 0;
-  for (std::int64_t pair = 0; pair < num_pairs; ++pair) {
-    const std::int64_t m = pair * 2 * kTileRows;
-    const std::int64_t rows = std::min(piece.num_rows - m, 2 * kTileRows);
-    const bool has_lower = rows > kTileRows;
-    if (rows != configured_rows) {
-      _tile_loadconfig(&kConfigs[static_cast<std::size_t>(rows)]);
-      configured_rows = rows;
-    }
-    std::byte* const sums = piece.sums + m * kSumsStride;
-    const std::byte* const a = piece.a.data + 2 * pair * piece.a.tile_stride;
-    BeginSums(piece, sums, has_lower);
-    if (num_pairs == 1) {
-      has_lower ? MultiplyFew<kElement, true>(piece) : MultiplyFew<kElement, false>(piece);
-    } else {
-      has_lower ? MultiplyMany<kElement, true>(piece, a, fetch) : MultiplyMany<kElement, false>(piece, a, fetch);
-    }
-    EndSums(sums, has_lower);
+  OrderMemory();
+  const bool has_lower = piece.num_rows > kTileRows;
+  BeginSums(piece, piece.sums, has_lower);
+  if (piece.is_read_once) {
+    has_lower ? MultiplyFew<kElement, true>(piece) : MultiplyFew<kElement, false>(piece);
+  } else {
+    has_lower ? MultiplyMany<kElement, true>(piece) : MultiplyMany<kElement, false>(piece);
   }
-  _tile_release();
+  EndSums(piece.sums, has_lower);
+  OrderMemory();
 }
+
+SPILLWAY_AMX void BeginPieces(std::int64_t num_rows) {
+  _tile_loadconfig(&kConfigs[static_cast<std::size_t>(num_rows)]);
+}
+SPILLWAY_AMX void EndPieces() { _tile_release(); }
 
 }  // namespace
 
@@ -207,7 +239,8 @@ absl::StatusOr<DotBodies> AmxDotBodies() {
   if (!HasAmx()) {
     return absl::FailedPreconditionError("this machine has no amx, or the system does not let this process use it");
   }
-  return DotBodies{{MultiplyPiece<Element::kBF16>, true}, {MultiplyPiece<Element::kInt8>, true}};
+  return DotBodies{{MultiplyPiece<Element::kBF16>, true, BeginPieces, EndPieces},
+                   {MultiplyPiece<Element::kInt8>, true, BeginPieces, EndPieces}};
 }
 
 #else

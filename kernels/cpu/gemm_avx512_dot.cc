@@ -92,12 +92,14 @@ RowsBody BodyOfRows(std::int64_t rows, std::integer_sequence<int, kRows...> /*un
 
 template <typename Element>
 void MultiplyPiece(const DotPiece& piece) {
+  for (std::int64_t part = 0; part < piece.num_parts; ++part) piece.background(part);
   // All tiles differ by at most one row.
   const std::int64_t num_tiles = (piece.num_rows + kRowsPerTile - 1) / kRowsPerTile;
   std::int64_t m = 0;
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
     const std::int64_t rows = piece.num_rows / num_tiles + (tile < piece.num_rows % num_tiles ? 1 : 0);
-    BodyOfRows<Element>(rows, std::make_integer_sequence<int, kRowsPerTile>())(piece, m, tile == 0);
+    BodyOfRows<Element>(rows, std::make_integer_sequence<int, kRowsPerTile>())(piece, m,
+                                                                               tile == 0 && piece.is_read_once);
     m += rows;
   }
 }

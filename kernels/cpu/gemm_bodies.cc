@@ -286,6 +286,7 @@ void Int8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
 #endif
 
 void Int8Piece(const DotPiece& piece) {
+  for (std::int64_t part = 0; part < piece.num_parts; ++part) piece.background(part);
   for (std::int64_t m = 0; m < piece.num_rows; ++m) {
     auto* const sums = reinterpret_cast<std::int32_t*>(piece.sums) + m * kPanelColumns;
     if (piece.is_first) std::fill(sums, sums + kPanelColumns, 0);

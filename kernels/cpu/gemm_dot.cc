@@ -1,6 +1,7 @@
 #include "kernels/cpu/gemm_dot.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -12,18 +13,22 @@
 namespace spillway::cpu {
 namespace {
 
-// Up to so many rows memory is the limit.
-constexpr std::int64_t kFewRows = 2 * kDotTileRows;
-constexpr std::int64_t kSlicesPerWorkerOfFewRows = 4;
-constexpr std::int64_t kSlicesPerWorker = 2;
-constexpr std::int64_t kMaxPanelsPerSlice = 8;
-// More rows meet a panel in cuts of k that stay in the first-level cache while all rows of a pass stream by, and the
-// rows of a pass in chunks of k that stay in the second-level cache while all panels of a slice do.
-constexpr std::int64_t kBlocksPerCut = 16;
+// More rows meet the panels in chunks of k, so that their part of a chunk, with one of a panel, stays in the
+// second-level cache while all panels of a slice pass by.
 constexpr std::int64_t kBlocksPerChunk = 32;
 constexpr std::int64_t kChunkBytes = std::int64_t{768} << 10;
+// Of a matrix of several chunks sums of all panels of a slice are kept from chunk to chunk.
+constexpr std::int64_t kPanelsPerKeptSlice = 8;
+constexpr std::int64_t kPanelsPerSlice = 4;
+// From so many rows per worker on, workers share rows, not columns: weights are read by each, but rows, which a
+// worker's part of the kernels before made, are in its caches.
+constexpr std::int64_t kRowsPerWorker = 128;
 // Up to so many rows are rearranged by one worker.
 constexpr std::int64_t kRowsPerItem = 16;
+constexpr std::int64_t kInt8RowsPerItem = 4;
+// Of rows whose sums are finished while others are multiplied.
+constexpr std::int64_t kRowsPerPart = 2;
+constexpr std::int64_t kSumsRowBytes = kPanelColumns * static_cast<std::int64_t>(sizeof(float));
 
 // `total` in equal parts of `most` at most: the size of all but the last.
 std::int64_t EqualParts(std::int64_t total, std::int64_t most) {
@@ -91,18 +96,37 @@ class DotMatrix final : public CpuMatrix {
     std::int64_t row_end = 0;
     std::int64_t begin = 0;  // of the panels in the order in which they are multiplied
     std::int64_t end = 0;
+    std::int64_t next_begin = 0;  // of the slice that the same worker most likely multiplies next
+  };
+  // Rows of one piece, and the first of its panels.
+  struct Place {
+    std::int64_t row = 0;
+    std::int64_t num_rows = 0;
+    std::int64_t index = 0;
   };
 
   absl::Status MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
                             const Output& output) const;
   Activations Arrange(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows) const;
   void MultiplySlice(const Activations& a, const Output& output, const Slice& slice, Scratch& scratch) const;
-  void Finish(const Activations& a, const Output& output, const Slice& slice, std::int64_t index,
-              std::byte* sums) const;
+  DotWrite WrittenBy(const Output& output, const Place& at) const;
+  // `sums` of the panels of a group.
+  void Finish(const Activations& a, const Output& output, const Place& at, std::array<std::byte*, 2> sums) const;
 
+  // Of passes of so many rows: a panel that is read once is read from end to end.
+  std::int64_t BlocksPerChunk(std::int64_t num_rows) const {
+    return num_rows <= kDotPieceRows ? num_blocks() : EqualParts(num_blocks(), kBlocksPerChunk);
+  }
   // Of the panel that is multiplied index-th: the halves of gate and up alternate.
   std::int64_t PanelAt(const Output& output, std::int64_t index) const {
     return output.gate_up != nullptr ? index % 2 * (num_panels() / 2) + index / 2 : index;
+  }
+  // What a worker reads behind the index-th panel's part of a chunk.
+  const std::byte* NextPanel(const Output& output, const Slice& slice, std::int64_t index, std::int64_t chunk,
+                             std::int64_t chunk_end) const {
+    if (index + 1 < slice.end) return PanelData(PanelAt(output, index + 1), chunk);
+    if (chunk_end < num_blocks()) return PanelData(PanelAt(output, slice.begin), chunk_end);
+    return PanelData(PanelAt(output, slice.next_begin), 0);
   }
   const std::byte* PanelData(std::int64_t panel, std::int64_t block) const {
     return weights_.panels.get() + (panel * num_blocks() + block) * 2 * kDotHalfBytes;
@@ -118,7 +142,7 @@ DotMatrix::Activations DotMatrix::Arrange(const WorkPlace& place, const std::byt
                                           std::int64_t num_rows) const {
   const std::int64_t row_bytes = cols() * static_cast<std::int64_t>(SizeOf(a_dtype));
   const std::int64_t padded_bytes = num_blocks() * kDotBlockBytes;
-  const bool in_tiles = body_.wants_tiles && num_rows > kFewRows;
+  const bool in_tiles = body_.wants_tiles && (is_int8() || num_rows > kDotPieceRows);
   if (!in_tiles && !is_int8() && row_bytes == padded_bytes) {
     return {{.data = a, .row_stride = row_bytes, .tile_stride = kDotTileRows * row_bytes}, {}};
   }
@@ -150,105 +174,140 @@ DotMatrix::Activations DotMatrix::Arrange(const WorkPlace& place, const std::byt
     std::memcpy(to, from, static_cast<std::size_t>(from_bytes));
     std::memset(to + from_bytes, 0, static_cast<std::size_t>(kDotBlockBytes - from_bytes));
   };
-  place.pool.ParallelFor((num_rows + kRowsPerItem - 1) / kRowsPerItem, place.worker,
+  const std::int64_t rows_per_item = is_int8() ? kInt8RowsPerItem : kRowsPerItem;
+  place.pool.ParallelFor((num_rows + rows_per_item - 1) / rows_per_item, place.worker,
                          [&](std::int64_t item, Scratch& scratch) {
-                           const std::int64_t end = std::min((item + 1) * kRowsPerItem, num_rows);
-                           for (std::int64_t m = item * kRowsPerItem; m < end; ++m) arrange(m, scratch);
+                           const std::int64_t end = std::min((item + 1) * rows_per_item, num_rows);
+                           for (std::int64_t m = item * rows_per_item; m < end; ++m) arrange(m, scratch);
                          });
   return {rows,
           is_int8() ? std::span<const Int8Sum>(sums, static_cast<std::size_t>(num_rows)) : std::span<const Int8Sum>()};
 }
 
-void DotMatrix::Finish(const Activations& a, const Output& output, const Slice& slice, std::int64_t index,
-                       std::byte* sums) const {
-  const std::int64_t num_rows = slice.row_end - slice.row_begin;
-  const std::int64_t panel_floats = num_rows * kPanelColumns;
-  auto* const floats = reinterpret_cast<float*>(sums);
-  const std::int64_t group = output.panels_per_group();
-  if (is_int8()) {
-    const auto of_rows = a.sums.subspan(static_cast<std::size_t>(slice.row_begin), static_cast<std::size_t>(num_rows));
-    for (std::int64_t i = 0; i < group; ++i) {
-      bodies_.scale_int8(reinterpret_cast<std::byte*>(floats + i * panel_floats), of_rows,
-                         weights_.scales.data() + PanelAt(output, index + i) * kPanelColumns);
-    }
-  }
-  const std::int64_t column = PanelAt(output, index) * kPanelColumns;
+DotWrite DotMatrix::WrittenBy(const Output& output, const Place& at) const {
+  const std::int64_t column = PanelAt(output, at.index) * kPanelColumns;
   if (output.gate_up != nullptr) {
     const GateUpArgs& args = *output.gate_up;
+    const auto size = static_cast<std::int64_t>(SizeOf(args.out_dtype));
     const std::int64_t inner = rows() / 2;
-    bodies_.silu_mul(
-        {.gate = floats,
-         .up = floats + panel_floats,
-         .num_rows = num_rows,
-         .out = args.out + (slice.row_begin * inner + column) * static_cast<std::int64_t>(SizeOf(args.out_dtype)),
-         .out_dtype = args.out_dtype,
-         .out_stride = inner});
+    return {args.out + (at.row * inner + column) * size, inner * size, kPanelColumns * size};
+  }
+  const auto size = static_cast<std::int64_t>(sizeof(float));
+  return {reinterpret_cast<std::byte*>(output.gemm->out + at.row * rows() + column), rows() * size,
+          std::min(kPanelColumns, rows() - column) * size};
+}
+
+void DotMatrix::Finish(const Activations& a, const Output& output, const Place& at,
+                       std::array<std::byte*, 2> sums) const {
+  if (is_int8()) {
+    const auto of_rows = a.sums.subspan(static_cast<std::size_t>(at.row), static_cast<std::size_t>(at.num_rows));
+    for (std::int64_t i = 0; i < output.panels_per_group(); ++i) {
+      bodies_.scale_int8(sums[static_cast<std::size_t>(i)], of_rows,
+                         weights_.scales.data() + PanelAt(output, at.index + i) * kPanelColumns);
+    }
+  }
+  if (output.gate_up != nullptr) {
+    bodies_.silu_mul({.gate = reinterpret_cast<float*>(sums[0]),
+                      .up = reinterpret_cast<float*>(sums[1]),
+                      .num_rows = at.num_rows,
+                      .out = WrittenBy(output, at).data,
+                      .out_dtype = output.gate_up->out_dtype,
+                      .out_stride = rows() / 2});
     return;
   }
   const GemmArgs& args = *output.gemm;
-  bodies_.write_out({.sums = floats,
-                     .num_rows = num_rows,
+  const std::int64_t column = at.index * kPanelColumns;
+  bodies_.write_out({.sums = reinterpret_cast<float*>(sums[0]),
+                     .num_rows = at.num_rows,
                      .sums_stride = kPanelColumns,
                      .bias = args.bias,
                      .output = args.output,
-                     .out = args.out + slice.row_begin * rows(),
+                     .out = args.out + at.row * rows(),
                      .columns = rows(),
                      .column_begin = column,
                      .column_end = std::min(column + kPanelColumns, rows())});
 }
 
 void DotMatrix::MultiplySlice(const Activations& a, const Output& output, const Slice& slice, Scratch& scratch) const {
-  DotPiece piece;
-  piece.num_rows = slice.row_end - slice.row_begin;
-  const bool has_few_rows = piece.num_rows <= kFewRows;
-  const std::int64_t blocks_per_chunk = has_few_rows ? num_blocks() : EqualParts(num_blocks(), kBlocksPerChunk);
-  const std::int64_t blocks_per_cut = has_few_rows ? num_blocks() : EqualParts(blocks_per_chunk, kBlocksPerCut);
-  // Sums of all panels are kept from chunk to chunk; with a single chunk, those of a group.
+  const std::int64_t num_rows = slice.row_end - slice.row_begin;
+  const std::int64_t num_pieces = (num_rows + kDotPieceRows - 1) / kDotPieceRows;
+  const bool is_read_once = num_pieces == 1;
+  const std::int64_t blocks_per_chunk = BlocksPerChunk(num_rows);
   const std::int64_t group = output.panels_per_group();
-  const std::int64_t kept_panels = blocks_per_chunk < num_blocks() ? slice.end - slice.begin : group;
-  const std::int64_t sums_bytes = piece.num_rows * kPanelColumns * static_cast<std::int64_t>(sizeof(float));
-  std::byte* const sums = scratch.Get(static_cast<std::size_t>(kept_panels * sums_bytes));
+  // Sums that a later chunk adds to, or that wait for the other panel of their group. Others are written out at once.
+  const bool keeps_all = blocks_per_chunk < num_blocks();
+  const std::int64_t num_kept = keeps_all ? slice.end - slice.begin : group - 1;
+  std::byte* const passing =
+      scratch.Get(static_cast<std::size_t>((kDotPieceRows + num_kept * num_rows) * kSumsRowBytes));
+  const auto sums_at = [&](std::int64_t index, std::int64_t m) {
+    const std::int64_t panel = keeps_all ? index - slice.begin : (index - slice.begin) % group;
+    return panel < num_kept ? passing + (kDotPieceRows + panel * num_rows + m) * kSumsRowBytes : passing;
+  };
+  // Rows whose sums are complete, to be finished beside the next piece.
+  Place complete;
+  std::array<std::byte*, 2> complete_sums{};
+  const auto finish = [&](std::int64_t part) {
+    const std::int64_t first = part * kRowsPerPart;
+    Finish(a, output, {complete.row + first, std::min(kRowsPerPart, complete.num_rows - first), complete.index},
+           {complete_sums[0] + first * kSumsRowBytes, complete_sums[1] + first * kSumsRowBytes});
+  };
+  const auto num_parts = [&] { return (complete.num_rows + kRowsPerPart - 1) / kRowsPerPart; };
+  std::int64_t begun_rows = 0;
   for (std::int64_t chunk = 0; chunk < num_blocks(); chunk += blocks_per_chunk) {
     const std::int64_t chunk_end = std::min(chunk + blocks_per_chunk, num_blocks());
     for (std::int64_t index = slice.begin; index < slice.end; ++index) {
-      piece.sums = sums + (index - slice.begin) % kept_panels * sums_bytes;
-      for (std::int64_t block = chunk; block < chunk_end; block += blocks_per_cut) {
-        piece.a = a.rows.From(slice.row_begin, block);
-        piece.panel = PanelData(PanelAt(output, index), block);
-        piece.num_blocks = std::min(blocks_per_cut, chunk_end - block);
-        piece.is_first = block == 0;
-        piece.next = index + 1 < slice.end ? PanelData(PanelAt(output, index + 1), block) : nullptr;
-        piece.next_bytes = piece.num_blocks * 2 * kDotHalfBytes;
-        body_.multiply(piece);
+      const bool completes = chunk_end == num_blocks() && (index + 1 - slice.begin) % group == 0;
+      const DotRead next = {NextPanel(output, slice, index, chunk, chunk_end), (chunk_end - chunk) * 2 * kDotHalfBytes};
+      for (std::int64_t m = 0; m < num_rows; m += kDotPieceRows) {
+        const Place at = {slice.row_begin + m, std::min(num_rows - m, kDotPieceRows), index + 1 - group};
+        if (at.num_rows != begun_rows) body_.begin(at.num_rows);
+        begun_rows = at.num_rows;
+        body_.multiply({.a = a.rows.From(at.row, chunk),
+                        .num_rows = at.num_rows,
+                        .panel = PanelData(PanelAt(output, index), chunk),
+                        .num_blocks = chunk_end - chunk,
+                        .is_first = chunk == 0,
+                        .is_read_once = is_read_once,
+                        .sums = sums_at(index, m),
+                        .next = next.Part(m / kDotPieceRows, num_pieces),
+                        .output = completes ? WrittenBy(output, at) : DotWrite{},
+                        .num_parts = num_parts(),
+                        .background = finish});
+        complete = completes ? at : Place{};
+        complete_sums = {sums_at(index + 1 - group, m), sums_at(index, m)};
       }
-      const bool is_complete = chunk_end == num_blocks() && (index + 1 - slice.begin) % group == 0;
-      if (is_complete) Finish(a, output, slice, index + 1 - group, piece.sums - (group - 1) * sums_bytes);
     }
   }
+  body_.end();
+  for (std::int64_t part = 0; part < num_parts(); ++part) finish(part);
 }
 
 absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
                                      const Output& output) const {
   if (num_rows == 0) return absl::OkStatus();
   const Activations arranged = Arrange(place, a, a_dtype, num_rows);
-  const std::int64_t group = output.panels_per_group();
-  const std::int64_t slices_per_worker = num_rows <= kFewRows ? kSlicesPerWorkerOfFewRows : kSlicesPerWorker;
-  const std::int64_t panels_per_slice =
-      group * std::clamp<std::int64_t>(num_panels() / group / (slices_per_worker * place.pool.num_workers()), 1,
-                                       kMaxPanelsPerSlice / group);
+  const std::int64_t blocks_per_chunk = BlocksPerChunk(num_rows);
+  const std::int64_t most_rows = std::max(kChunkBytes / (blocks_per_chunk * kDotBlockBytes), kDotPieceRows);
+  std::int64_t num_passes = (num_rows + most_rows - 1) / most_rows;
+  const std::int64_t num_workers = place.pool.num_workers();
+  if (num_rows >= kRowsPerWorker * num_workers) {
+    num_passes = (num_passes + num_workers - 1) / num_workers * num_workers;
+  }
+  // In whole pieces.
+  const std::int64_t num_pieces = (num_rows + kDotPieceRows - 1) / kDotPieceRows;
+  const std::int64_t rows_per_pass = (num_pieces + num_passes - 1) / num_passes * kDotPieceRows;
+  const std::int64_t panels_per_slice = blocks_per_chunk < num_blocks() ? kPanelsPerKeptSlice : kPanelsPerSlice;
   const std::int64_t num_slices = (num_panels() + panels_per_slice - 1) / panels_per_slice;
-  const std::int64_t chunk_stride = EqualParts(num_blocks(), kBlocksPerChunk) * kDotBlockBytes;
-  const std::int64_t rows_per_pass = EqualParts(num_rows, kChunkBytes / chunk_stride);
-  const std::int64_t whole_tiles = (rows_per_pass + kFewRows - 1) / kFewRows * kFewRows;
-  const std::int64_t num_passes = (num_rows + whole_tiles - 1) / whole_tiles;
-  place.pool.ParallelFor(num_passes * num_slices, place.worker, [&](std::int64_t item, Scratch& scratch) {
-    const std::int64_t pass = item / num_slices;
+  const std::int64_t num_items = (num_rows + rows_per_pass - 1) / rows_per_pass * num_slices;
+  place.pool.ParallelFor(num_items, place.worker, [&](std::int64_t item, Scratch& scratch) {
+    const std::int64_t row_begin = item / num_slices * rows_per_pass;
     const std::int64_t begin = item % num_slices * panels_per_slice;
     MultiplySlice(arranged, output,
-                  {.row_begin = pass * whole_tiles,
-                   .row_end = std::min((pass + 1) * whole_tiles, num_rows),
+                  {.row_begin = row_begin,
+                   .row_end = std::min(row_begin + rows_per_pass, num_rows),
                    .begin = begin,
-                   .end = std::min(begin + panels_per_slice, num_panels())},
+                   .end = std::min(begin + panels_per_slice, num_panels()),
+                   .next_begin = (item + 1) % num_slices * panels_per_slice},
                   scratch);
   });
   return absl::OkStatus();

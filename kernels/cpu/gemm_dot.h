@@ -12,12 +12,14 @@
 //        to whole panels. INT8 weights are kept as q + 128, unsigned as VNNI wants them; 128 times the sum of the row
 //        of activations comes off again at the end.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string_view>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "kernels/cpu/gemm.h"
 
@@ -46,6 +48,29 @@ struct DotRows {
   }
 };
 
+// Up to so many rows meet a piece of a panel at once.
+inline constexpr std::int64_t kDotPieceRows = 2 * kDotTileRows;
+
+// Lines of memory that are read or written soon, to be fetched meanwhile.
+struct DotRead {
+  const std::byte* data = nullptr;
+  std::int64_t size_bytes = 0;
+
+  // One of some parts of whole lines.
+  DotRead Part(std::int64_t part, std::int64_t num_parts) const {
+    const std::int64_t part_bytes = (size_bytes / 64 + num_parts - 1) / num_parts * 64;
+    const std::int64_t begin = std::min(part * part_bytes, size_bytes);
+    return {data + begin, std::min(part_bytes, size_bytes - begin)};
+  }
+};
+struct DotWrite {
+  std::byte* data = nullptr;  // the first row; null: nothing
+  std::int64_t row_stride = 0;
+  std::int64_t row_bytes = 0;  // of each of the piece's rows, at most two lines
+};
+
+inline void NoPart(std::int64_t) {}
+
 // Some rows against a piece of one panel: sums[m][n] (+)= over k of a[m][k] * panel[k][n].
 struct DotPiece {
   DotRows a;  // from the first block of the piece
@@ -53,10 +78,13 @@ struct DotPiece {
   const std::byte* panel = nullptr;  // at the first block of the piece
   std::int64_t num_blocks = 0;
   bool is_first = false;      // the sums begin at zero
+  bool is_read_once = false;  // no other rows meet the panel: it comes from memory, and `next` is the next piece
   std::byte* sums = nullptr;  // [num_rows, 32] of float or int32, aligned to 64 bytes
-  // What the next pieces read of the panels, to be fetched meanwhile; may be null.
-  const std::byte* next = nullptr;
-  std::int64_t next_bytes = 0;
+  DotRead next;
+  DotWrite output;
+  // Other work, done before the piece's sums are written: background(part) for ascending parts.
+  std::int64_t num_parts = 0;
+  absl::FunctionRef<void(std::int64_t part)> background = NoPart;
 };
 
 struct DotBodies {

@@ -7,10 +7,36 @@
 
 namespace spillway::cpu {
 
-WorkerPool::WorkerPool(int num_workers) {
+namespace {
+
+constexpr std::uint64_t SharePacked(std::uint64_t begin, std::uint64_t end) { return end << 32U | begin; }
+
+// Takes an item off an end of a share; -1: none is left.
+std::int64_t TakeItem(std::atomic<std::uint64_t>& share, bool is_own) {
+  std::uint64_t left = share.load(std::memory_order_relaxed);
+  while (true) {
+    const std::uint64_t begin = left & 0xffffffffU;
+    const std::uint64_t end = left >> 32U;
+    if (begin >= end) return -1;
+    const std::uint64_t rest = is_own ? SharePacked(begin + 1, end) : SharePacked(begin, end - 1);
+    if (share.compare_exchange_weak(left, rest, std::memory_order_relaxed)) {
+      return static_cast<std::int64_t>(is_own ? begin : end - 1);
+    }
+  }
+}
+
+std::size_t CheckedCount(int num_workers) {
   SPILLWAY_CHECK(num_workers >= 1) << "num_workers is " << num_workers;
-  threads_.reserve(static_cast<std::size_t>(num_workers - 1));
-  for (int i = 1; i < num_workers; ++i) threads_.emplace_back([this] { Work(); });
+  return static_cast<std::size_t>(num_workers);
+}
+
+}  // namespace
+
+WorkerPool::WorkerPool(int num_workers) : shares_(CheckedCount(num_workers)) {
+  threads_.reserve(shares_.size() - 1);
+  for (std::size_t worker = 1; worker < shares_.size(); ++worker) {
+    threads_.emplace_back([this, worker] { Work(worker); });
+  }
 }
 
 WorkerPool::~WorkerPool() {
@@ -20,9 +46,11 @@ WorkerPool::~WorkerPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void WorkerPool::RunItems(Scratch& scratch) {
-  const std::int64_t end = num_items_;
-  for (std::int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < end;) (*body_)(item, scratch);
+void WorkerPool::RunItems(std::size_t worker, Scratch& scratch) {
+  for (std::size_t i = 0; i < shares_.size(); ++i) {
+    std::atomic<std::uint64_t>& share = shares_[(worker + i) % shares_.size()].items;
+    for (std::int64_t item; (item = TakeItem(share, i == 0)) >= 0;) (*body_)(item, scratch);
+  }
 }
 
 void WorkerPool::ParallelFor(std::int64_t num_items, Scratch& scratch, Body body) {
@@ -32,20 +60,24 @@ void WorkerPool::ParallelFor(std::int64_t num_items, Scratch& scratch, Body body
   }
   const std::lock_guard<std::mutex> lock(mutex_, std::adopt_lock);
   body_ = &body;
-  num_items_ = num_items;
-  next_.store(0, std::memory_order_relaxed);
+  for (std::size_t worker = 0; worker < shares_.size(); ++worker) {
+    const auto w = static_cast<std::int64_t>(worker);
+    const auto begin = static_cast<std::uint64_t>(ShareBegin(num_items, w));
+    const auto end = static_cast<std::uint64_t>(ShareBegin(num_items, w + 1));
+    shares_[worker].items.store(SharePacked(begin, end), std::memory_order_relaxed);
+  }
   active_.store(0, std::memory_order_release);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
 
-  RunItems(scratch);
+  RunItems(0, scratch);
 
   active_.fetch_or(kClosed, std::memory_order_acq_rel);
   if (SpinUntil([this] { return active_.load(std::memory_order_acquire) == kClosed; })) return;
   for (std::uint32_t seen; (seen = active_.load(std::memory_order_acquire)) != kClosed;) active_.wait(seen);
 }
 
-void WorkerPool::Work() {
+void WorkerPool::Work(std::size_t worker) {
   Scratch scratch;
   std::uint32_t seen = 0;
   while (true) {
@@ -58,7 +90,7 @@ void WorkerPool::Work() {
     while ((active & kClosed) == 0 && !active_.compare_exchange_weak(active, active + 1, std::memory_order_acquire)) {
     }
     if ((active & kClosed) != 0) continue;
-    RunItems(scratch);
+    RunItems(worker, scratch);
     if (active_.fetch_sub(1, std::memory_order_acq_rel) == (kClosed | 1U)) active_.notify_one();
   }
 }

@@ -2,8 +2,13 @@
 
 // Parallel-for over a range. The calling thread takes part; the others spin for a moment between calls, then sleep.
 // A worker that wakes late finds the call closed and goes back to sleep: nobody waits for a thread that has not begun.
+//
+// Each worker has a share of neighbouring items, the same part of every range, so that what it reads and writes stays
+// in its caches from call to call, and what comes next is known. Whoever is done takes from the ends of the others'
+// shares.
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <thread>
@@ -28,22 +33,36 @@ class WorkerPool {
   // The item and working memory of the thread that runs it.
   using Body = absl::FunctionRef<void(std::int64_t item, Scratch& scratch)>;
 
-  // Runs body for each item in [0, num_items), in no particular order, and returns when all are done. `scratch` is
-  // the calling thread's. What a body writes is visible to the caller afterwards.
+  // Runs body for each item in [0, num_items), fewer than 2^32, and returns when all are done. A worker runs the items
+  // of its share in ascending order. `scratch` is the calling thread's. What a body writes is visible to the caller
+  // afterwards.
   void ParallelFor(std::int64_t num_items, Scratch& scratch, Body body);
 
+  // Whether some worker's share of a range begins with the item: no worker runs it right behind the one before.
+  bool BeginsShare(std::int64_t item, std::int64_t num_items) const {
+    const std::int64_t next_worker = (item * num_workers() + num_items - 1) / num_items;
+    return ShareBegin(num_items, next_worker) == item;
+  }
+
  private:
-  void Work();
-  void RunItems(Scratch& scratch);
+  // What is left of a share: [begin in the low half, end in the high half).
+  struct alignas(64) Share {
+    std::atomic<std::uint64_t> items{0};
+  };
+
+  std::int64_t ShareBegin(std::int64_t num_items, std::int64_t worker) const {
+    return num_items * worker / num_workers();
+  }
+  void Work(std::size_t worker);
+  void RunItems(std::size_t worker, Scratch& scratch);
 
   // active_: number of threads inside the current call; kClosed while no further ones may enter. Opening it
-  // publishes body_ and num_items_ and next_; they are rewritten only while it is closed and empty.
+  // publishes body_ and shares_; they are rewritten only while it is closed and empty.
   static constexpr std::uint32_t kClosed = 1U << 31;
 
   std::mutex mutex_;  // held by the one caller the pool works for
   const Body* body_ = nullptr;
-  std::int64_t num_items_ = 0;
-  alignas(64) std::atomic<std::int64_t> next_{0};
+  std::vector<Share> shares_;  // by worker, the caller's first
   alignas(64) std::atomic<std::uint32_t> active_{kClosed};
   alignas(64) std::atomic<std::uint32_t> generation_{0};  // what idle workers wait on
   std::atomic<bool> stop_{false};

@@ -1,5 +1,6 @@
 #include "kernels/cpu/worker_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <thread>
@@ -23,6 +24,24 @@ TEST_P(WorkerPoolTest, RunsEveryItemOnceAndShowsItsWrites) {
                      [&runs](std::int64_t item, Scratch&) { ++runs[static_cast<std::size_t>(item)]; });
     for (const int count : runs) ASSERT_EQ(count, 1);
   }
+}
+
+// With one worker there is nobody to take items from its end.
+TEST_P(WorkerPoolTest, SharesAreNeighbouringItemsInAscendingOrder) {
+  WorkerPool pool(GetParam());
+  Scratch scratch;
+  for (const std::int64_t num_items : {1, 2, 7, 64}) {
+    std::int64_t num_shares = 0;
+    for (std::int64_t item = 0; item < num_items; ++item) num_shares += pool.BeginsShare(item, num_items) ? 1 : 0;
+    EXPECT_EQ(num_shares, std::min<std::int64_t>(num_items, GetParam())) << num_items;
+    EXPECT_TRUE(pool.BeginsShare(0, num_items));
+  }
+  WorkerPool alone(1);
+  std::vector<std::int64_t> items;
+  items.reserve(20);
+  alone.ParallelFor(20, scratch, [&items](std::int64_t item, Scratch&) { items.push_back(item); });
+  for (std::size_t i = 0; i < items.size(); ++i) EXPECT_EQ(items[i], static_cast<std::int64_t>(i));
+  EXPECT_EQ(items.size(), 20U);
 }
 
 TEST_P(WorkerPoolTest, ScratchBelongsToOneThreadAtATime) {
