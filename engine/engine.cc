@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/calibration.h"
+#include "engine/cost_reports.h"
 #include "engine/home_keeper.h"
 #include "engine/home_reader.h"
 #include "engine/input_writer.h"
@@ -79,7 +80,6 @@ class ThreadedEngine : public Engine {
   void PublishStatus();
   absl::Status Calibrate(Device& device);
   StepWork WorkOf(const StepPlan& plan) const;
-  void TrainCosts(const Step& step, double seconds);
   void ResetCaches();
   bool keeps_inputs() const { return options_.activation_recompute != kRecomputeOff; }
   InputLayout inputs() const { return InputLayoutOf(model_->config(), model_->kv_layout()); }
@@ -102,36 +102,22 @@ class ThreadedEngine : public Engine {
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<StepRunner> runner_;
   std::optional<CostModel> cost_model_;
-  TransferStats restores_;           // that cost_model_ has been told of
-  HomeReader::Times home_times_;     // likewise
-  double load_stalled_seconds_ = 0;  // likewise
+  CostReports reports_;
   std::optional<Step> running_;
   std::optional<Step> ahead_;           // queued behind running_
   std::shared_ptr<Event> last_end_;     // of the step before; null where the engine has slept since
   double last_digested_ = 0;            // when that was digested
+  double compute_seconds_ = 0;          // in which a step ran
   bool resets_prefix_cache_ = false;    // once no step runs
   double home_slot_awaited_since_ = 0;  // 0: it is not
 
   // Any thread.
   std::atomic<double> last_beat_{0};
   std::atomic<bool> is_busy_{false};
-  std::atomic<std::int32_t> num_running_{0};
-  std::atomic<std::int64_t> num_unstored_{0};
-  std::atomic<std::int64_t> num_held_{0};
-  std::atomic<std::int64_t> num_cold_{0};
-  std::atomic<std::int64_t> num_evicted_{0};
-  std::atomic<std::int64_t> num_restoring_{0};
-  std::atomic<std::int64_t> num_storing_{0};
-  std::atomic<double> compute_seconds_{0};
-  std::atomic<std::int64_t> num_home_{0};
-  std::atomic<std::int64_t> streamed_bytes_{0};
-  std::atomic<std::int64_t> num_companions_{0};
-  std::atomic<std::int64_t> projected_tokens_{0};
   mutable std::mutex failure_mutex_;  // guards failure_
   std::string failure_;
-  mutable std::mutex published_mutex_;  // guards published_model_, published_lookups_
-  std::optional<CostModel> published_model_;
-  LookupStats published_lookups_;
+  mutable std::mutex published_mutex_;  // guards published_; taken before the mailbox's own
+  EngineStatus published_;              // what only the engine thread can tell, as of the last step
   std::thread thread_;
 };
 
@@ -252,6 +238,7 @@ absl::Status ThreadedEngine::Start(Device& device) {
                          .layer_loads = layer_loads,
                          .kept_inputs = keeps_inputs() ? std::optional(inputs()) : std::nullopt},
       observer_, &*cost_model_);
+  PublishStatus();
   Beat();
   thread_ = std::thread([this] {
     pthread_setname_np(pthread_self(), "engine");
@@ -271,7 +258,6 @@ absl::Status ThreadedEngine::Calibrate(Device& device) {
   calibration.pacing = {.bytes_per_second = pace > 0 && cap > 0 ? std::min(pace, cap) : std::max(pace, cap),
                         .latency_seconds = options_.link_latency_seconds};
   ASSIGN_OR_RETURN(cost_model_, spillway::Calibrate(device, *model_, *runner_, *store_, calibration));
-  published_model_ = cost_model_;
   return absl::OkStatus();
 }
 
@@ -335,9 +321,9 @@ void ThreadedEngine::MakeKeys(std::span<SequenceRequest> requests) const {
 }
 
 bool ThreadedEngine::ResetPrefixCache() {
-  const bool was_idle = num_running_.load() == 0;
   mailbox_.ResetPrefixCache();
-  return was_idle;
+  const std::lock_guard lock(published_mutex_);
+  return published_.num_running == 0;
 }
 
 // What came up inside steps is restored as well, a layer of a block a copy.
@@ -359,13 +345,11 @@ void ThreadedEngine::AddLayerLoads(EngineStatus& status) const {
 
 EngineStatus ThreadedEngine::status() const {
   EngineStatus status;
-  status.num_running = num_running_.load(std::memory_order_acquire);  // first, see PublishStatus
-  status.unstored_blocks = num_unstored_.load(std::memory_order_relaxed);
-  status.num_waiting = mailbox_.num_waiting();
-  status.kv_blocks_total = store_->num_blocks();
-  status.kv_blocks_used = num_held_.load(std::memory_order_relaxed);
-  status.kv_blocks_cached = num_cold_.load(std::memory_order_relaxed);
-  status.kv_usage = static_cast<double>(status.kv_blocks_used) / static_cast<double>(status.kv_blocks_total);
+  {
+    const std::lock_guard lock(published_mutex_);
+    status = published_;
+    status.num_waiting = mailbox_.num_waiting();
+  }
   const TransferStats restores = store_->transfer_stats(Transfer::Kind::kRestore);
   status.restored_blocks = restores.blocks;
   status.restored_bytes = restores.bytes;
@@ -378,28 +362,12 @@ EngineStatus ThreadedEngine::status() const {
   status.store_seconds = stores.seconds;
   status.store_copies = stores.by_copy_size;
   status.store_batches = stores.by_batch_blocks;
-  status.restoring_blocks = num_restoring_.load(std::memory_order_relaxed);
-  status.storing_blocks = num_storing_.load(std::memory_order_relaxed);
-  status.evicted_blocks = num_evicted_.load(std::memory_order_relaxed);
-  status.home_blocks = num_home_.load(std::memory_order_relaxed);
-  status.home_blocks_max = store_->max_home();
   const TransferStats moves = store_->transfer_stats(Transfer::Kind::kMoveHome);
-  status.home_buffer_bytes = runner_->home_buffer_bytes();
   status.moved_home_bytes = moves.bytes;
   status.move_home_seconds = moves.seconds;
-  status.streamed_bytes = streamed_bytes_.load(std::memory_order_relaxed);
-  status.kept_input_slots = num_companions_.load(std::memory_order_relaxed);
-  status.kept_input_slots_max = store_->max_companions();
-  status.projected_tokens = projected_tokens_.load(std::memory_order_relaxed);
   {
     const std::lock_guard lock(failure_mutex_);
     status.failure = failure_;
-  }
-  status.compute_seconds = compute_seconds_.load(std::memory_order_relaxed);
-  {
-    const std::lock_guard lock(published_mutex_);
-    status.cost_model = published_model_;
-    status.lookups = published_lookups_;
   }
   const double silence = Now() - last_beat_.load(std::memory_order_relaxed);
   if (status.failure.empty() && is_busy_.load() && silence > absl::ToDoubleSeconds(options_.stall_timeout)) {
@@ -462,16 +430,7 @@ void ThreadedEngine::ResetCaches() {
 
 void ThreadedEngine::CollectTransfers() {
   if (store_->Collect()) scheduler_->Loaded();
-  const TransferStats now = store_->transfer_stats(Transfer::Kind::kRestore);
-  for (std::size_t i = 0; i < kNumCopySizes; ++i) {
-    const CopyStats& known = restores_.by_copy_size[i];
-    const CopyStats& copies = now.by_copy_size[i];
-    if (copies.copies == known.copies) continue;
-    const auto bytes = static_cast<double>(copies.bytes - known.bytes);
-    cost_model_->OnTransfer(bytes, bytes / static_cast<double>(copies.copies - known.copies),
-                            copies.seconds - known.seconds);
-  }
-  restores_ = now;
+  reports_.OnTransfers(store_->transfer_stats(Transfer::Kind::kRestore), *cost_model_);
 }
 
 StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
@@ -480,23 +439,6 @@ StepWork ThreadedEngine::WorkOf(const StepPlan& plan) const {
     cost_model_->Add(work, planned.begin(), planned.count(), planned.samples);
   }
   return work;
-}
-
-// Of a step that was timed, only what is not copying, waiting for the link or projecting is the work's.
-void ThreadedEngine::TrainCosts(const Step& step, double seconds) {
-  const StepPlan& plan = step.plan;
-  if (plan.num_streamed > 0 && keeps_inputs()) {
-    const HomeReader::Times now = runner_->home_times();
-    const HomeReader::Times known = std::exchange(home_times_, now);
-    const double projecting = now.projecting_seconds - known.projecting_seconds;
-    cost_model_->OnStream(now.strips.bytes + now.inputs.bytes - known.strips.bytes - known.inputs.bytes,
-                          now.strips.seconds + now.inputs.seconds - known.strips.seconds - known.inputs.seconds);
-    cost_model_->OnProjection(now.projected_flops - known.projected_flops, projecting);
-    seconds -= projecting + now.waiting_seconds - known.waiting_seconds;
-  }
-  const double stalled = runner_->load_stalled_seconds();
-  seconds -= stalled - std::exchange(load_stalled_seconds_, stalled);
-  cost_model_->OnStep(step.work, seconds);
 }
 
 bool ThreadedEngine::RunStep() {
@@ -509,14 +451,13 @@ bool ThreadedEngine::RunStep() {
   Step step = *std::move(running_);
   running_.reset();
   const double done = Now();
-  const double compute_seconds = done - std::max(step.planned, last_digested_);
-  compute_seconds_.store(compute_seconds_.load(std::memory_order_relaxed) + compute_seconds, std::memory_order_relaxed);
+  compute_seconds_ += done - std::max(step.planned, last_digested_);
   const std::int32_t num_generated = Digest(step);
   running_ = std::exchange(ahead_, std::nullopt);
   const double digested = Now();
   const double seconds = digested - std::max(step.begin, last_digested_);
   last_digested_ = digested;
-  TrainCosts(step, seconds);
+  reports_.OnStep(step.plan, step.work, seconds, *runner_, *cost_model_);
   const std::shared_ptr<Event> last_end = std::exchange(last_end_, step.launched.end);
   if (observer_ != nullptr) {
     observer_->OnStep({.seconds = seconds,
@@ -693,23 +634,32 @@ void ThreadedEngine::Fail(const absl::Status& status) {
   PublishStatus();
 }
 
+// Who looks sees every sequence either waiting or running.
 void ThreadedEngine::PublishStatus() {
-  mailbox_.SetWaiting(scheduler_->num_waiting());
-  num_unstored_.store(static_cast<std::int64_t>(store_->num_unstored()), std::memory_order_relaxed);
-  // After what it publishes: who sees that none runs sees all that they left to be stored.
-  num_running_.store(scheduler_->num_running(), std::memory_order_release);
-  num_held_.store(store_->num_held(), std::memory_order_relaxed);
-  num_cold_.store(store_->num_cold(), std::memory_order_relaxed);
-  num_evicted_.store(store_->num_evicted(), std::memory_order_relaxed);
-  num_home_.store(store_->num_home(), std::memory_order_relaxed);
-  streamed_bytes_.store(runner_->streamed_bytes(), std::memory_order_relaxed);
-  num_restoring_.store(static_cast<std::int64_t>(store_->num_restoring()), std::memory_order_relaxed);
-  num_storing_.store(static_cast<std::int64_t>(store_->num_storing()), std::memory_order_relaxed);
-  num_companions_.store(store_->num_companions(), std::memory_order_relaxed);
-  projected_tokens_.store(runner_->projected_blocks() * kBlockTokens, std::memory_order_relaxed);
+  const auto num_held = static_cast<std::int64_t>(store_->num_held());
+  const std::int64_t num_blocks = store_->num_blocks();
   const std::lock_guard lock(published_mutex_);
-  published_model_ = cost_model_;
-  published_lookups_ = store_->lookups();
+  mailbox_.SetWaiting(scheduler_->num_waiting());
+  published_ = {.num_running = scheduler_->num_running(),
+                .kv_blocks_total = num_blocks,
+                .kv_blocks_used = num_held,
+                .kv_blocks_cached = store_->num_cold(),
+                .kv_usage = static_cast<double>(num_held) / static_cast<double>(num_blocks),
+                .unstored_blocks = static_cast<std::int64_t>(store_->num_unstored()),
+                .restoring_blocks = static_cast<std::int64_t>(store_->num_restoring()),
+                .storing_blocks = static_cast<std::int64_t>(store_->num_storing()),
+                .lookups = store_->lookups(),
+                .evicted_blocks = store_->num_evicted(),
+                .home_blocks = store_->num_home(),
+                .home_blocks_max = store_->max_home(),
+                .home_buffer_bytes = runner_->home_buffer_bytes(),
+                .streamed_bytes = runner_->streamed_bytes(),
+                .kept_input_slots = store_->num_companions(),
+                .kept_input_slots_max = store_->max_companions(),
+                .projected_tokens = runner_->projected_blocks() * kBlockTokens,
+                .compute_seconds = compute_seconds_,
+                .cost_model = cost_model_,
+                .failure = {}};
 }
 
 }  // namespace

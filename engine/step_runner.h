@@ -63,6 +63,8 @@ class StepRunner {
   double load_stalled_seconds() const { return layer_loader_ ? layer_loader_->stalled_seconds() : 0; }
   std::int64_t streamed_bytes() const { return home_reader_ ? home_reader_->read_bytes() : 0; }
   std::int64_t projected_blocks() const { return home_reader_ ? home_reader_->projected_blocks() : 0; }
+  // Of streamed steps, where layer inputs are kept.
+  bool is_timing_streams() const { return input_writer_ != nullptr; }
   HomeReader::Times home_times() const { return home_reader_ ? home_reader_->times() : HomeReader::Times{}; }
 
  private:
