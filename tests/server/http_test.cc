@@ -152,7 +152,7 @@ TEST(Http, CostModelTellsSpeedsAndWhatFollowsFromThem) {
   EXPECT_DOUBLE_EQ(model["link"]["bytes_per_second"], 3e6);
   ASSERT_EQ(model["link"]["by_copy_size"].size(), 1U);
   EXPECT_EQ(model["link"]["by_copy_size"][0]["copy_bytes"], 1e6);
-  EXPECT_NEAR(model["critical_chunk_tokens"], 1e3 / 3, 1e-6);
+  EXPECT_NEAR(model["critical_chunk_tokens"], 1e3 / 3 - 1, 1e-6);  // reading a loaded token takes 1 us of the 333
   const auto& effective = model["kappa_crit_at"];
   EXPECT_EQ(effective.front()["new_tokens"], 1);
   EXPECT_GT(effective.front()["kappa_crit"], 1.5) << "a step has a floor";
