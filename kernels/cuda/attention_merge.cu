@@ -11,7 +11,41 @@ namespace spillway::cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kSegmentsAtOnce = 32;  // one per lane; so many loads of a component are in flight
+constexpr int kSegmentsAtOnce = 32;  // one per lane
+
+// The states of kSegmentsAtOnce segments as a thread reads them: its component of each, and one's max and sum.
+struct Chunk {
+  float values[kSegmentsAtOnce];
+  float2 max_sum;
+};
+
+// The states of one token row and head, `stride` states from segment to segment.
+struct RowStates {
+  const float* out;
+  const float2* max_sum;
+  std::int64_t stride;
+  int dim;
+  int num_segments;
+
+  __device__ RowStates(const AttentionParams& params, const TokenPlan& plan, int kv_head, int row)
+      : stride(std::int64_t{params.kv.num_kv_heads} * plan.num_rows),
+        dim(params.kv.head_dim),
+        num_segments(plan.num_segments) {
+    const std::int64_t first = StateIndex(plan.state_base, 0, params.kv.num_kv_heads, kv_head, plan.num_rows, row);
+    out = params.state_out + first * dim;
+    max_sum = params.state_max_sum + first;
+  }
+
+  // Zeros and an empty state where there is none. All loads are in flight together.
+  __device__ __forceinline__ void Load(int begin, int component, Chunk& chunk) const {
+    const int count = component < dim ? num_segments - begin : 0;
+    const float* at = out + begin * stride * dim + component;
+#pragma unroll
+    for (int i = 0; i < kSegmentsAtOnce; ++i, at += stride * dim) chunk.values[i] = i < count ? *at : 0.0F;
+    const int segment = begin + static_cast<int>(threadIdx.x % 32);
+    chunk.max_sum = segment < num_segments ? max_sum[segment * stride] : float2{-kInfinity, 0.0F};
+  }
+};
 
 template <MergeExponential kExponential>
 __device__ __forceinline__ float Exp2Of(float x) {
@@ -26,10 +60,9 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
   if (token_row < params.query_begin[0] || token_row >= params.query_begin[params.num_sequences]) return;
   const TokenPlan plan = params.plan[token_row];
   if (plan.num_segments == 0) return;
-  const int num_kv_heads = params.kv.num_kv_heads;
-  const int group = params.num_heads / num_kv_heads;
+  const int group = params.num_heads / params.kv.num_kv_heads;
   const int kv_head = head / group;
-  const int row = plan.token * group + head % group;
+  const RowStates states(params, plan, kv_head, plan.token * group + head % group);
   const auto lane = static_cast<int>(threadIdx.x % 32);
   const int dim = params.kv.head_dim;
   const std::int64_t index = std::int64_t{token_row} * params.num_heads + head;
@@ -46,19 +79,16 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
     running_max = carried_max;
     running_sum = carried_sum;
     float running = params.starts_empty || !has_component ? 0.0F : carried[component];
+    // Two chunks are on their way while a third is merged: a load takes longer than that.
+    Chunk chunk;
+    Chunk next;
+    states.Load(0, component, chunk);
+    states.Load(kSegmentsAtOnce, component, next);
+#pragma unroll 1
     for (int begin = 0; begin < plan.num_segments; begin += kSegmentsAtOnce) {
-      const int count = MinOf(kSegmentsAtOnce, plan.num_segments - begin);
-      float values[kSegmentsAtOnce];
-#pragma unroll
-      for (int i = 0; i < kSegmentsAtOnce; ++i) {
-        const std::int64_t at = StateIndex(plan.state_base, begin + i, num_kv_heads, kv_head, plan.num_rows, row);
-        values[i] = i < count && has_component ? params.state_out[at * dim + component] : 0.0F;
-      }
-      float2 max_sum = {-kInfinity, 0.0F};
-      if (lane < count) {
-        max_sum =
-            params.state_max_sum[StateIndex(plan.state_base, begin + lane, num_kv_heads, kv_head, plan.num_rows, row)];
-      }
+      Chunk later;
+      states.Load(begin + 2 * kSegmentsAtOnce, component, later);
+      const float2 max_sum = chunk.max_sum;
       // Largest of the running maximum and of lanes before this one.
       float before = max_sum.x;
 #pragma unroll
@@ -75,10 +105,12 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
         MergeFactors at;
         at.running = __shfl_sync(kAllLanes, factors.running, i);
         at.segment = __shfl_sync(kAllLanes, factors.segment, i);
-        running = Merged(running, values[i], at);
+        running = Merged(running, chunk.values[i], at);
         running_sum = Merged(running_sum, __shfl_sync(kAllLanes, max_sum.y, i), at);
       }
       running_max = MaxOf(running_max, chunk_max);
+      chunk = next;
+      next = later;
     }
     if (!has_component) continue;
     if (params.finishes) {

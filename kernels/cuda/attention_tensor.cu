@@ -30,7 +30,6 @@ constexpr int kPrefillWarps = 8;
 constexpr int kDecodeWarps = 1;
 // Sequences of few query rows are cut into segments, the others not.
 constexpr int kMaxSplitRows = 64;
-constexpr int kDecodeCtasPerMultiprocessor = 3;  // what shared memory holds on sm_90 at head_dim 128
 
 template <int kDim>
 constexpr int kTileBytes = 2 * kKeysPerTile* kDim * 2;  // K, then V
@@ -496,31 +495,46 @@ __global__ void __launch_bounds__(kWarps * 32, kDim == 64 ? 1 : 0)
 }
 
 template <int kDim, DType kType, bool kHasBias>
-cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  cudaError_t error =
-      AllowShared(TensorAttentionKernel<kDim, kPrefillWarps, kType, kHasBias>, kSharedBytes<kDim, kPrefillWarps>);
+cudaError_t LaunchPrefill(const AttentionParams& params, cudaStream_t stream) {
+  constexpr int kRows = kPrefillWarps * kRowsPerWarp;
+  constexpr std::size_t kShared = kSharedBytes<kDim, kPrefillWarps>;
+  const auto kernel = TensorAttentionKernel<kDim, kPrefillWarps, kType, kHasBias>;
+  const cudaError_t error = AllowShared(kernel, kShared);
   if (error != cudaSuccess) return error;
-  error = AllowShared(TensorAttentionKernel<kDim, kDecodeWarps, kType, kHasBias>, kSharedBytes<kDim, kDecodeWarps>);
-  if (error != cudaSuccess) return error;
-
+  const WorkRange range = {kRows, kMaxSplitRows + 1, kMaxRowsPerSequence, false};
   const int num_kv_heads = params.kv.num_kv_heads;
-  const int group = params.num_heads / num_kv_heads;
+  // No more tiles than if every sequence's last one were almost empty.
+  const std::int64_t num_tiles =
+      CeilDiv<std::int64_t>(std::int64_t{params.num_tokens} * (params.num_heads / num_kv_heads), kRows) +
+      params.num_sequences;
+  return Launch(kernel, static_cast<unsigned>(num_tiles * num_kv_heads), kPrefillWarps * 32, kShared, stream, params,
+                range);
+}
+
+// As many CTAs as run at once; they share the items among them.
+template <int kDim, DType kType, bool kHasBias>
+cudaError_t LaunchDecode(const AttentionParams& params, int max_rows, cudaStream_t stream) {
+  constexpr std::size_t kShared = kSharedBytes<kDim, kDecodeWarps>;
+  const auto kernel = TensorAttentionKernel<kDim, kDecodeWarps, kType, kHasBias>;
+  cudaError_t error = AllowShared(kernel, kShared);
+  if (error != cudaSuccess) return error;
+  int ctas_per_multiprocessor = 0;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas_per_multiprocessor, reinterpret_cast<const void*>(kernel),
+                                                        kDecodeWarps * 32, kShared);
+  if (error != cudaSuccess) return error;
+  const WorkRange range = {kDecodeWarps * kRowsPerWarp, 1, max_rows, true};
+  return Launch(kernel, static_cast<unsigned>(params.num_multiprocessors * ctas_per_multiprocessor), kDecodeWarps * 32,
+                kShared, stream, params, range);
+}
+
+template <int kDim, DType kType, bool kHasBias>
+cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
   const bool is_decode = params.num_tokens <= params.num_sequences;
   if (!is_decode) {
-    constexpr int kRows = kPrefillWarps * kRowsPerWarp;
-    const WorkRange range = {kRows, kMaxSplitRows + 1, kMaxRowsPerSequence, false};
-    // No more tiles than if every sequence's last one were almost empty.
-    const std::int64_t num_tiles =
-        CeilDiv<std::int64_t>(std::int64_t{params.num_tokens} * group, kRows) + params.num_sequences;
-    error = Launch(TensorAttentionKernel<kDim, kPrefillWarps, kType, kHasBias>,
-                   static_cast<unsigned>(num_tiles * num_kv_heads), kPrefillWarps * 32,
-                   kSharedBytes<kDim, kPrefillWarps>, stream, params, range);
+    const cudaError_t error = LaunchPrefill<kDim, kType, kHasBias>(params, stream);
     if (error != cudaSuccess) return error;
   }
-  const WorkRange range = {kDecodeWarps * kRowsPerWarp, 1, is_decode ? kMaxRowsPerSequence : kMaxSplitRows, true};
-  const int num_ctas = params.num_multiprocessors * kDecodeCtasPerMultiprocessor;
-  return Launch(TensorAttentionKernel<kDim, kDecodeWarps, kType, kHasBias>, static_cast<unsigned>(num_ctas),
-                kDecodeWarps * 32, kSharedBytes<kDim, kDecodeWarps>, stream, params, range);
+  return LaunchDecode<kDim, kType, kHasBias>(params, is_decode ? kMaxRowsPerSequence : kMaxSplitRows, stream);
 }
 
 }  // namespace

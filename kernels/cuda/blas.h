@@ -1,6 +1,8 @@
 #pragma once
 
-// GEMMs by cuBLASLt, which is half a gigabyte: it is found at run time and never linked.
+// GEMMs by cuBLASLt, which is half a gigabyte: it is found at run time and never linked. Bias and residual are part of
+// the product (its bias epilogue, beta = 1). The activation is not: cuBLASLt 13 has epilogues of ReLU and GELU, none of
+// SiLU and none that multiplies one half of the result by the other; a pass over the float product does that (SiluMul).
 
 #include <cstdint>
 #include <map>

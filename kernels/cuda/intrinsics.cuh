@@ -121,8 +121,12 @@ cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_th
 template <typename... Params>
 cudaError_t AllowShared(void (*kernel)(Params...), std::size_t shared_bytes) {
   if (shared_bytes <= std::size_t{32} << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared_bytes));
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  // As many blocks as fit: what L1 would keep is read once.
+  return cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 }  // namespace spillway::cuda

@@ -463,6 +463,55 @@ TEST(CudaBlasTest, FastestAlgorithmsTakeEveryNumberOfRows) {
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaGemmTest, testing::Values(DType::kF32, DType::kBF16, DType::kF16),
                          [](const auto& dtype) { return std::string(NameOf(dtype.param)); });
 
+// Sequences that decode one token each, over a pool of their own.
+class DecodeProblem {
+ public:
+  DecodeProblem(const KvLayout& layout, int num_heads, const std::vector<std::int32_t>& contexts, Random& random)
+      : pool_(layout.dtype, 0), q_(layout.dtype, 0) {
+    for (const std::int32_t context : contexts) {
+      query_begin_.push_back(query_begin_.back() + 1);
+      first_position_.push_back(context - 1);
+      for (std::int32_t i = 0; i < (context + kBlockTokens - 1) / kBlockTokens; ++i) {
+        block_table_.push_back(static_cast<std::int32_t>(block_table_.size()));
+      }
+      block_begin_.push_back(static_cast<std::int32_t>(block_table_.size()));
+    }
+    pool_ = Array(layout.dtype, random.Normals(block_table_.size() * layout.block_bytes() / SizeOf(layout.dtype)));
+    q_ = Array(layout.dtype, random.Normals(contexts.size() * static_cast<std::size_t>(num_heads * layout.head_dim)));
+    args_.q = q_.data();
+    args_.q_dtype = layout.dtype;
+    args_.num_heads = num_heads;
+    args_.scale = 0.3F;
+    args_.kv = {pool_.data(), layout};
+    args_.num_sequences = args_.num_tokens = static_cast<std::int64_t>(contexts.size());
+    args_.query_begin = query_begin_.data();
+    args_.first_position = first_position_.data();
+    args_.block_begin = block_begin_.data();
+    args_.block_table = block_table_.data();
+  }
+  DecodeProblem(const DecodeProblem&) = delete;
+  DecodeProblem& operator=(const DecodeProblem&) = delete;
+
+  std::vector<float> Run(Device& device) const {
+    const Array out(DType::kF32, q_.size());
+    AttentionArgs args = args_;
+    args.out = out.data();
+    const auto stream = device.NewStream().value();
+    HostFacingKernels(device).Attention(*stream, args);
+    EXPECT_TRUE(stream->status().ok()) << stream->status();
+    return out.Values();
+  }
+
+ private:
+  std::vector<std::int32_t> query_begin_ = {0};
+  std::vector<std::int32_t> first_position_;
+  std::vector<std::int32_t> block_begin_ = {0};
+  std::vector<std::int32_t> block_table_;
+  Array pool_;
+  Array q_;
+  AttentionArgs args_;
+};
+
 // With room for no partial state at all every sequence is computed by one CTA per tile; the bits are the same.
 TEST(CudaAttentionTest, BitsDoNotDependOnTheWorkspace) {
   CudaDeviceOptions small = CudaTestOptions();
@@ -472,47 +521,13 @@ TEST(CudaAttentionTest, BitsDoNotDependOnTheWorkspace) {
   Random random(4);
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     for (const int head_dim : {64, 128, 40}) {
-      constexpr int kHeads = 6;
-      constexpr std::int32_t kContexts[] = {1000, 1, 257, 600};
-      KvLayout layout{1, 2, head_dim, dtype};
-      std::vector<std::int32_t> query_begin = {0};
-      std::vector<std::int32_t> first_position;
-      std::vector<std::int32_t> block_begin = {0};
-      std::vector<std::int32_t> block_table;
-      for (const std::int32_t context : kContexts) {
-        query_begin.push_back(query_begin.back() + 1);
-        first_position.push_back(context - 1);
-        for (std::int32_t i = 0; i < (context + 15) / 16; ++i) {
-          block_table.push_back(static_cast<std::int32_t>(block_table.size()));
-        }
-        block_begin.push_back(static_cast<std::int32_t>(block_table.size()));
-      }
-      const Array pool(dtype, random.Normals(block_table.size() * layout.block_bytes() / SizeOf(dtype)));
-      const Array q(dtype, random.Normals(4 * kHeads * static_cast<std::size_t>(head_dim)));
-      std::vector<std::vector<float>> results;
-      for (Device* const each : {device.get(), small_device.get()}) {
-        const Array out(DType::kF32, q.size());
-        AttentionArgs args;
-        args.q = q.data();
-        args.q_dtype = dtype;
-        args.num_heads = kHeads;
-        args.scale = 0.3F;
-        args.kv = {pool.data(), layout};
-        args.num_sequences = 4;
-        args.num_tokens = 4;
-        args.query_begin = query_begin.data();
-        args.first_position = first_position.data();
-        args.block_begin = block_begin.data();
-        args.block_table = block_table.data();
-        args.out = out.data();
-        const auto stream = each->NewStream().value();
-        HostFacingKernels(*each).Attention(*stream, args);
-        ASSERT_TRUE(stream->status().ok()) << stream->status();
-        results.push_back(out.Values());
-      }
-      ExpectSameBits(results[1], results[0], "head_dim " + std::to_string(head_dim));
+      const DecodeProblem problem({1, 2, head_dim, dtype}, 6, {1000, 1, 257, 600}, random);
+      ExpectSameBits(problem.Run(*small_device), problem.Run(*device), "head_dim " + std::to_string(head_dim));
     }
   }
+  // More states than the merge has on their way at once.
+  const DecodeProblem problem({1, 1, 64, DType::kBF16}, 2, {32000, 16500}, random);
+  ExpectSameBits(problem.Run(*small_device), problem.Run(*device), "long");
 }
 
 // A sequence beyond the device's memory: its head is read from pinned host memory in place.
