@@ -75,8 +75,8 @@ __device__ __forceinline__ float QuadSum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 __device__ __forceinline__ float QuadMax(float x) {
-  x = MaxOf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return MaxOf(x, __shfl_xor_sync(kAllLanes, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 // Of the row bias of the loaded tiles, behind them and the queries.
@@ -106,50 +106,64 @@ class TileLoader {
         params.row_bias + item.kv_head * kBlockTokens + threadIdx.x % kBiasPieces * 4;
   }
 
-  // Block ids of a tile, one tile ahead of its copies so that they do not wait for them.
+  // Block ids of a tile, a lane each, one tile ahead of its copies so that they do not wait for them.
   __device__ __forceinline__ void FetchBlocks(int tile) {
-#pragma unroll
-    for (int s = 0; s < kStripsPerTile; ++s) {
-      const int block = tile * kStripsPerTile + s;
-      block_ids_[s] = block * kBlockTokens < key_end_ ? blocks_[block] : -1;
-    }
+    const int block = tile * kStripsPerTile + static_cast<int>(threadIdx.x % kStripsPerTile);
+    block_id_ = block * kBlockTokens < key_end_ ? blocks_[block] : -1;
   }
 
   // Rows [K | V] of the fetched tile; keys from key_end on become zeros, since 0 times what lies there may be NaN.
+  // Called by whole warps.
   __device__ __forceinline__ void Load(const AttentionParams& params, int tile) {
-    constexpr int kPiecesPerHalf = kDim / 8;
-    constexpr int kPiecesPerStrip = kBlockTokens * 2 * kPiecesPerHalf;
-    constexpr int kThreads = kWarps * 32;
     std::byte* const stage = shared_ + tile % kStages * kTileBytes<kDim>;
+    const int thread = ThreadAnew();
 #pragma unroll
     for (int s = 0; s < kStripsPerTile; ++s) {
-      const int num_valid = block_ids_[s] >= 0 ? key_end_ - (tile * kStripsPerTile + s) * kBlockTokens : 0;
-      const std::byte* const strip = strips_ + (num_valid > 0 ? std::int64_t{block_ids_[s]} * block_bytes_ : 0);
-#pragma unroll(kWarps == 1 ? 2 : 4)
-      for (int i = 0; i < CeilDiv(kPiecesPerStrip, kThreads); ++i) {
-        const int index = i * kThreads + static_cast<int>(threadIdx.x);
-        if (kPiecesPerStrip % kThreads != 0 && index >= kPiecesPerStrip) break;
-        const int row = index / (2 * kPiecesPerHalf);
-        const int piece = index % (2 * kPiecesPerHalf);
-        const int half = piece / kPiecesPerHalf;
-        std::byte* const to =
-            stage + half * (kTileBytes<kDim> / 2) + TileByte<kDim>(s * kBlockTokens + row, piece % kPiecesPerHalf);
-        CopyAsync(to, row < num_valid ? strip + index * 16 : strips_, row < num_valid);
+      const int block_id = __shfl_sync(kAllLanes, block_id_, s);
+      const int num_valid = key_end_ - (tile * kStripsPerTile + s) * kBlockTokens;
+      std::byte* const to = stage + s * kBlockTokens * kRowBytes;
+      if (num_valid >= kBlockTokens) {
+        const std::byte* const from = strips_ + block_id * block_bytes_ + thread * 16;
+#pragma unroll
+        for (int i = 0; i < kCopiesPerStrip; ++i) CopyAsync(to + PlaceOf(thread, i), from + i * kThreads * 16);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kCopiesPerStrip; ++i) {
+          const int offset = (i * kThreads + thread) * 16;
+          const bool is_valid = offset / (2 * kRowBytes) < num_valid;
+          CopyAsync(to + PlaceOf(thread, i), is_valid ? strips_ + block_id * block_bytes_ + offset : strips_, is_valid);
+        }
       }
     }
     if constexpr (kHasBias) LoadBias(params, tile);
   }
 
  private:
+  static constexpr int kRowBytes = kDim * 2;  // of K or V
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kCopiesPerStrip = kBlockTokens * 2 * kRowBytes / (kThreads * 16);
+  static constexpr int kRowsPerCopy = kThreads * 16 / (2 * kRowBytes);
+  static_assert(kCopiesPerStrip * kRowsPerCopy == kBlockTokens && (kRowsPerCopy <= 8 || kCopiesPerStrip == 1));
+
+  // Where a thread's i-th piece of a strip goes: TileByte of its row and piece, taken apart so that all but one
+  // exclusive or of it is known to the compiler or the same for every i.
+  __device__ __forceinline__ static int PlaceOf(int thread, int i) {
+    constexpr int kPieces = kRowBytes / 16;
+    const int piece = thread % (2 * kPieces);
+    const int row = thread / (2 * kPieces);
+    const int place = row * kRowBytes + ((piece % kPieces) ^ (row & 7)) * 16;
+    return piece / kPieces * (kTileBytes<kDim> / 2) + i * kRowsPerCopy * kRowBytes +
+           (place ^ (((i * kRowsPerCopy) & 7) * 16));
+  }
+
   // kBiasThreads take a piece each. What lies beyond the keys is masked.
   __device__ __forceinline__ void LoadBias(const AttentionParams& params, int tile) {
+    const int block_id = __shfl_sync(kAllLanes, block_id_, static_cast<int>(threadIdx.x) / kBiasPieces);
     if (static_cast<int>(threadIdx.x) >= kBiasThreads) return;
-    const int block = tile * kStripsPerTile + static_cast<int>(threadIdx.x) / kBiasPieces;
-    const bool is_valid = block * kBlockTokens < key_end_;
-    const float* const from =
-        BiasPlaces<kDim, kWarps>(shared_)[threadIdx.x] + (is_valid ? blocks_[block] * params.row_bias_stride : 0);
+    const float* const place = BiasPlaces<kDim, kWarps>(shared_)[threadIdx.x];
     CopyAsync(reinterpret_cast<std::byte*>(BiasOf<kDim, kWarps>(shared_, tile) + threadIdx.x * 4),
-              reinterpret_cast<const std::byte*>(from), is_valid);
+              reinterpret_cast<const std::byte*>(place + (block_id >= 0 ? block_id * params.row_bias_stride : 0)),
+              block_id >= 0);
   }
 
   const std::int32_t* const blocks_;
@@ -157,7 +171,7 @@ class TileLoader {
   const std::int64_t block_bytes_;
   const int key_end_;
   std::byte* const shared_;
-  std::int32_t block_ids_[kStripsPerTile] = {};
+  std::int32_t block_id_ = -1;
 };
 
 // The warp's 16 rows of q into its shared memory, zeros for rows that are not there. They stay there, since registers
@@ -268,7 +282,7 @@ __device__ __forceinline__ void AttendTile(const std::byte* queries, const std::
   for (int r = 0; r < 2; ++r) {
     float max = state.max[r];
 #pragma unroll
-    for (int n = 0; n < kScoreTiles; ++n) max = MaxOf(max, MaxOf(scores[n][2 * r], scores[n][2 * r + 1]));
+    for (int n = 0; n < kScoreTiles; ++n) max = fmaxf(max, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
     max = QuadMax(max);
     // No key yet: any finite number keeps minus infinity minus it from being NaN.
     const float shift = max == -kInfinity ? 0.0F : max * scale;

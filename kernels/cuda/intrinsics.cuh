@@ -87,11 +87,22 @@ __device__ __forceinline__ void CopyAsync(std::byte* to, const std::byte* from, 
   const int size = is_valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(size) : "memory");
 }
+__device__ __forceinline__ void CopyAsync(std::byte* to, const std::byte* from) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most kPending of this thread's committed groups are unfinished.
 template <int kPending>
 __device__ __forceinline__ void AwaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// threadIdx.x, read anew: what is computed from it is computed again too, not kept in registers across a loop.
+__device__ __forceinline__ int ThreadAnew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // 16 bytes that are read once and belong in no L1.

@@ -219,6 +219,8 @@ inline float Exp2Hardware(float x) {
   return y < 0x1p-126F ? 0.0F : y;  // .ftz
 }
 inline void CopyAsync(std::byte* to, const std::byte* from, bool is_valid) { emulation::CopyAsync(to, from, is_valid); }
+inline int ThreadAnew() { return static_cast<int>(threadIdx.x); }
+inline void CopyAsync(std::byte* to, const std::byte* from) { emulation::CopyAsync(to, from, true); }
 inline void CommitCopies() { emulation::CommitCopies(); }
 template <int kPending>
 void AwaitCopies() {
