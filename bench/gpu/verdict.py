@@ -39,15 +39,14 @@ def decode_attention(kernels, _engine, _peers):
     return [each for each in found if int(each[1].rsplit(" ", 1)[1]) >= LONG_CONTEXT]
 
 
-def prefill_attention(kernels, _engine, peers):
-    ours = values(kernels, r"prefill, .*")
-    theirs = values(peers, r"sdpa \w+ prefill, .*")
-    found = []
-    for what, value in ours.items():
-        same = [speed for name, speed in theirs.items() if name.split(" ", 2)[2] == what]
-        if same:
-            found.append((value / max(same), what))
-    return found
+def prefill_attention(back_end):
+    def measure(kernels, _engine, peers):
+        ours = values(kernels, r"prefill, .*")
+        theirs = values(peers, rf"sdpa {back_end} prefill, .*")
+        pairs = [(what, f"sdpa {back_end} {what}") for what in ours]
+        return [(ours[what] / theirs[other], what) for what, other in pairs if other in theirs]
+
+    return measure
 
 
 def gemm(kernels, _engine, _peers):
@@ -70,7 +69,8 @@ def idle(_kernels, engine, _peers):
 BARS = [
     ("gather of 512 B rows / pinned copy", gather, min, 0.85),
     (f"decode attention / memory bandwidth, context {LONG_CONTEXT} on", decode_attention, min, 0.85),
-    ("prefill attention / SDPA's faster back end", prefill_attention, min, 0.8),
+    ("prefill attention / SDPA, flash", prefill_attention("flash"), min, 0.8),
+    ("prefill attention / SDPA, cuDNN", prefill_attention("cudnn"), min, 0.8),
     ("GEMM / cuBLAS", gemm, min, 0.9),
     ("decode, KV in host memory / transformers, offloaded cache", offloaded, min, 3.0),
     ("us without a kernel between overlapped decode steps", idle, max, IDLE_US),
