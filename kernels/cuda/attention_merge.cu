@@ -39,9 +39,12 @@ struct RowStates {
   // Zeros and an empty state where there is none. All loads are in flight together.
   __device__ __forceinline__ void Load(int begin, int component, Chunk& chunk) const {
     const int count = component < dim ? num_segments - begin : 0;
-    const float* at = out + begin * stride * dim + component;
+    const float* const at = out + begin * stride * dim + component;
+    const auto step = static_cast<unsigned>(stride * dim);  // there are fewer than 2^32 floats of states
 #pragma unroll
-    for (int i = 0; i < kSegmentsAtOnce; ++i, at += stride * dim) chunk.values[i] = i < count ? *at : 0.0F;
+    for (unsigned i = 0; i < kSegmentsAtOnce; ++i) {
+      chunk.values[i] = static_cast<int>(i) < count ? at[i * step] : 0.0F;
+    }
     const int segment = begin + static_cast<int>(threadIdx.x % 32);
     chunk.max_sum = segment < num_segments ? max_sum[segment * stride] : float2{-kInfinity, 0.0F};
   }
@@ -52,8 +55,10 @@ __device__ __forceinline__ float Exp2Of(float x) {
   return kExponential == MergeExponential::kHardware ? Exp2Hardware(x) : Exp2Polynomial(x);
 }
 
-template <MergeExponential kExponential>
-__global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams params) {
+// Where CTAs are few, two chunks are on their way while a third is merged (kIsDeep): a load takes longer than that.
+// Where they are many, they hide each other's loads, and registers decide how many run.
+template <MergeExponential kExponential, bool kIsDeep>
+__global__ void __launch_bounds__(kMaxThreads, kIsDeep ? 2 : 3) MergeKernel(AttentionParams params) {
   const auto token_row = static_cast<int>(blockIdx.x) / params.num_heads;
   const auto head = static_cast<int>(blockIdx.x) % params.num_heads;
   // Rows of none of the call's sequences: their plans are another call's.
@@ -79,15 +84,14 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
     running_max = carried_max;
     running_sum = carried_sum;
     float running = params.starts_empty || !has_component ? 0.0F : carried[component];
-    // Two chunks are on their way while a third is merged: a load takes longer than that.
     Chunk chunk;
     Chunk next;
     states.Load(0, component, chunk);
-    states.Load(kSegmentsAtOnce, component, next);
+    if constexpr (kIsDeep) states.Load(kSegmentsAtOnce, component, next);
 #pragma unroll 1
     for (int begin = 0; begin < plan.num_segments; begin += kSegmentsAtOnce) {
       Chunk later;
-      states.Load(begin + 2 * kSegmentsAtOnce, component, later);
+      if constexpr (kIsDeep) states.Load(begin + 2 * kSegmentsAtOnce, component, later);
       const float2 max_sum = chunk.max_sum;
       // Largest of the running maximum and of lanes before this one.
       float before = max_sum.x;
@@ -109,8 +113,12 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
         running_sum = Merged(running_sum, __shfl_sync(kAllLanes, max_sum.y, i), at);
       }
       running_max = MaxOf(running_max, chunk_max);
-      chunk = next;
-      next = later;
+      if constexpr (kIsDeep) {
+        chunk = next;
+        next = later;
+      } else {
+        states.Load(begin + kSegmentsAtOnce, component, chunk);
+      }
     }
     if (!has_component) continue;
     if (params.finishes) {
@@ -132,9 +140,14 @@ __global__ void __launch_bounds__(kMaxThreads) MergeKernel(AttentionParams param
 cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential exponential, cudaStream_t stream) {
   const auto num_ctas = static_cast<unsigned>(params.num_tokens) * static_cast<unsigned>(params.num_heads);
   const auto num_threads = static_cast<unsigned>(MinOf(kMaxThreads, CeilDiv(params.kv.head_dim, 32) * 32));
-  return Launch(exponential == MergeExponential::kHardware ? MergeKernel<MergeExponential::kHardware>
-                                                           : MergeKernel<MergeExponential::kPolynomial>,
-                num_ctas, num_threads, 0, stream, params);
+  const auto launch = [&](auto* deep, auto* shallow) {
+    const bool is_deep = num_ctas <= 2 * static_cast<unsigned>(params.num_multiprocessors);
+    return Launch(is_deep ? deep : shallow, num_ctas, num_threads, 0, stream, params);
+  };
+  return exponential == MergeExponential::kHardware
+             ? launch(MergeKernel<MergeExponential::kHardware, true>, MergeKernel<MergeExponential::kHardware, false>)
+             : launch(MergeKernel<MergeExponential::kPolynomial, true>,
+                      MergeKernel<MergeExponential::kPolynomial, false>);
 }
 
 }  // namespace spillway::cuda

@@ -525,9 +525,11 @@ TEST(CudaAttentionTest, BitsDoNotDependOnTheWorkspace) {
       ExpectSameBits(problem.Run(*small_device), problem.Run(*device), "head_dim " + std::to_string(head_dim));
     }
   }
-  // More states than the merge has on their way at once.
-  const DecodeProblem problem({1, 1, 64, DType::kBF16}, 2, {32000, 16500}, random);
-  ExpectSameBits(problem.Run(*small_device), problem.Run(*device), "long");
+  // More states than the merge has on their way at once, of few rows and of many.
+  for (const int num_heads : {2, 16}) {
+    const DecodeProblem problem({1, 1, 64, DType::kBF16}, num_heads, {32000, 16500}, random);
+    ExpectSameBits(problem.Run(*small_device), problem.Run(*device), std::to_string(num_heads) + " heads, long");
+  }
 }
 
 // A sequence beyond the device's memory: its head is read from pinned host memory in place.
