@@ -119,6 +119,7 @@ class DenseDecoder : public Model {
   std::size_t weight_bytes() const override { return weight_bytes_; }
 
   absl::StatusOr<std::unique_ptr<KvProjector>> MakeKvProjector(std::int64_t max_positions) override;
+  std::size_t WorkspaceBytes(std::int64_t max_tokens, std::int64_t max_sampled) const override;
   absl::Status Reserve(std::int64_t max_tokens, std::int64_t max_sampled) override;
   const float* Forward(Stream& stream, const StepArrays& arrays, const KvView& kv) override;
 
@@ -299,10 +300,14 @@ DenseDecoder::Workspace DenseDecoder::LayOut(Arena& arena, std::int64_t max_toke
   return workspace;
 }
 
-absl::Status DenseDecoder::Reserve(std::int64_t max_tokens, std::int64_t max_sampled) {
+std::size_t DenseDecoder::WorkspaceBytes(std::int64_t max_tokens, std::int64_t max_sampled) const {
   Arena count;
   LayOut(count, max_tokens, max_sampled);
-  ASSIGN_OR_RETURN(workspace_memory_, device_.Allocate(MemoryKind::kDevice, count.used()));
+  return count.used();
+}
+
+absl::Status DenseDecoder::Reserve(std::int64_t max_tokens, std::int64_t max_sampled) {
+  ASSIGN_OR_RETURN(workspace_memory_, device_.Allocate(MemoryKind::kDevice, WorkspaceBytes(max_tokens, max_sampled)));
   Arena arena(workspace_memory_.get(), workspace_memory_.size_bytes);
   workspace_ = LayOut(arena, max_tokens, max_sampled);
   return absl::OkStatus();

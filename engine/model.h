@@ -71,6 +71,8 @@ class Model {
   virtual absl::StatusOr<std::unique_ptr<KvProjector>> MakeKvProjector(std::int64_t /*max_positions*/) {
     return absl::UnimplementedError(config().architecture + ": keys and values cannot be projected from kept inputs");
   }
+  // What Reserve will allocate; 0 where that is not known.
+  virtual std::size_t WorkspaceBytes(std::int64_t /*max_tokens*/, std::int64_t /*max_sampled*/) const { return 0; }
   // Allocates what Forward needs for at most this many rows. Once, before Forward.
   virtual absl::Status Reserve(std::int64_t max_tokens, std::int64_t max_sampled) = 0;
   // Queues the whole forward pass. Returns device memory [num_sampled, vocab] that later work on `stream` may read.

@@ -35,6 +35,12 @@ class ModelWithoutDefaults : public Model {
   DType dtype() const override { return model_->dtype(); }
   KvLayout kv_layout() const override { return model_->kv_layout(); }
   std::size_t weight_bytes() const override { return model_->weight_bytes(); }
+  absl::StatusOr<std::unique_ptr<KvProjector>> MakeKvProjector(std::int64_t max_positions) override {
+    return model_->MakeKvProjector(max_positions);
+  }
+  std::size_t WorkspaceBytes(std::int64_t max_tokens, std::int64_t max_sampled) const override {
+    return model_->WorkspaceBytes(max_tokens, max_sampled);
+  }
   absl::Status Reserve(std::int64_t max_tokens, std::int64_t max_sampled) override {
     return model_->Reserve(max_tokens, max_sampled);
   }
@@ -149,17 +155,17 @@ void PlaceSlab(const Device& device, const Buffer& slab) {
   }
 }
 
-// A tier of less than one block is none. `weight_bytes` and `device_bytes`: of all engines.
+// A tier of less than one block is none.
 absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, const MachineMemory& memory,
-                                                   std::int64_t weight_bytes, std::int64_t device_bytes, Device& device,
-                                                   const KvLayout& layout, Tier* lower) {
-  const std::int64_t bytes = HostTierBytes(choice, memory, weight_bytes);
+                                                   const MemoryInUse& used, Device& device, const KvLayout& layout,
+                                                   Tier* lower) {
+  const std::int64_t bytes = HostTierBytes(choice, memory, used.weight_bytes);
   const auto num_blocks = static_cast<std::uint64_t>(bytes) / layout.block_bytes();
   if (num_blocks == 0) return MakeNullHostTier();
-  RETURN_IF_ERROR(CheckRoom(bytes, memory, weight_bytes, device_bytes));
-  if (bytes <= device_bytes) {
+  RETURN_IF_ERROR(CheckRoom(bytes, memory, used));
+  if (bytes <= used.kv_cache_bytes) {
     Log(LogLevel::kWarning, "the host tier is not larger than the device's KV cache, so it can only mirror it",
-        {{"host_tier", ShowSize(bytes)}, {"kv_cache", ShowSize(device_bytes)}});
+        {{"host_tier", ShowSize(bytes)}, {"kv_cache", ShowSize(used.kv_cache_bytes)}});
   }
   ASSIGN_OR_RETURN(Buffer slab, device.Allocate(MemoryKind::kPinnedHost, num_blocks * layout.block_bytes()));
   PlaceSlab(device, slab);
@@ -173,20 +179,25 @@ absl::StatusOr<std::unique_ptr<HostTier>> MakeHost(const CacheChoice& choice, co
 
 }  // namespace
 
-absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, std::int64_t weight_bytes,
-                       std::int64_t device_bytes) {
-  // The weights are in memory already, the device's KV cache is not: its pages come with use.
-  std::int64_t room = memory.available_bytes - device_bytes;
+absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, const MemoryInUse& used) {
+  // The weights are in memory already; the pages of the rest come with use.
+  constexpr std::int64_t kProcessBytes = std::int64_t{128} << 20;  // code, heap, requests, what else is kept
+  constexpr std::int64_t kBookkeepingShare = 64;                   // of the tier: its index, page tables
+  const std::int64_t beside = used.kv_cache_bytes + used.workspace_bytes + kProcessBytes;
+  std::int64_t room = memory.available_bytes - beside;
   std::string limit = fmt::format("{} of memory are available", ShowSize(memory.available_bytes));
-  if (memory.cgroup_limit_bytes && *memory.cgroup_limit_bytes - weight_bytes - device_bytes < room) {
-    room = *memory.cgroup_limit_bytes - weight_bytes - device_bytes;
+  if (memory.cgroup_limit_bytes && *memory.cgroup_limit_bytes - used.weight_bytes - beside < room) {
+    room = *memory.cgroup_limit_bytes - used.weight_bytes - beside;
     limit = fmt::format("the cgroup's limit is {}, the weights take {}", ShowSize(*memory.cgroup_limit_bytes),
-                        ShowSize(weight_bytes));
+                        ShowSize(used.weight_bytes));
   }
+  room = std::max<std::int64_t>(room, 0) / (kBookkeepingShare + 1) * kBookkeepingShare;
   if (host_bytes <= room) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      fmt::format("--kv-offloading-size: {} do not fit: {}, the KV cache takes {}, which leaves {}",
-                  ShowSize(host_bytes), limit, ShowSize(device_bytes), ShowSize(std::max<std::int64_t>(room, 0))));
+  return absl::InvalidArgumentError(fmt::format(
+      "--kv-offloading-size: {} do not fit: {}, the KV cache takes {}, a step {}, everything else is given {}, the "
+      "bookkeeping of the tier a {}th of its size, which leaves {}",
+      ShowSize(host_bytes), limit, ShowSize(used.kv_cache_bytes), ShowSize(used.workspace_bytes),
+      ShowSize(kProcessBytes), kBookkeepingShare, ShowSize(room)));
 }
 
 std::string KvSpace(std::string_view model_digest, DType dtype, std::string_view quantization,
@@ -334,9 +345,14 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
 
   EngineOptions engine = EngineOptionsOf(options, capacity);
   ASSIGN_OR_RETURN(host.file_tier, MakeFile(options, host.folder, host.device(), layout));
-  ASSIGN_OR_RETURN(host.host_tier, MakeHost(options.cache, memory, weight_bytes,
-                                            options.device.device == "cuda" ? 0 : num_engines * capacity.kv_cache_bytes,
-                                            *host.devices.front(), layout, host.file_tier.get()));
+  MemoryInUse used{.weight_bytes = weight_bytes};
+  if (options.device.device != "cuda") {  // a GPU has its own memory for these
+    used.kv_cache_bytes = num_engines * capacity.kv_cache_bytes;
+    used.workspace_bytes = num_engines * static_cast<std::int64_t>(
+                                             model->WorkspaceBytes(engine.max_num_batched_tokens, engine.max_num_seqs));
+  }
+  ASSIGN_OR_RETURN(host.host_tier,
+                   MakeHost(options.cache, memory, used, *host.devices.front(), layout, host.file_tier.get()));
   RETURN_IF_ERROR(CheckTiersAtStart(*host.devices.front(), *host.host_tier, layout));
   engine.host_tier = host.host_tier.get();
   engine.num_engines = num_engines;

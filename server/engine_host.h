@@ -38,9 +38,16 @@ struct EngineHost {
 // Blocks while the weights are packed and shows progress on stderr. Errors name the option or file at fault.
 absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environment& environment);
 
-// INVALID_ARGUMENT: so much does not fit beside the weights and the device tiers; says why, with every number.
-absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, std::int64_t weight_bytes,
-                       std::int64_t device_bytes);
+// What takes host memory beside the host tier, of all engines together.
+struct MemoryInUse {
+  std::int64_t weight_bytes = 0;
+  std::int64_t kv_cache_bytes = 0;
+  std::int64_t workspace_bytes = 0;  // of steps
+};
+
+// INVALID_ARGUMENT: a host tier of so many bytes would not fit once it is full, beside those and what else the process
+// needs; says why, with every number.
+absl::Status CheckRoom(std::int64_t host_bytes, const MachineMemory& memory, const MemoryInUse& used);
 
 // Names all that the bytes of a block depend on beside the tokens: KV that outlives the process is served only in the
 // space that it was made in.

@@ -1,8 +1,10 @@
 """The tiers below the device, from outside: sequences that exceed the device tier, files after a crash, an ordinary account."""
 
 import concurrent.futures
+import itertools
 import os
 import pathlib
+import re
 import resource
 
 import httpx2 as httpx
@@ -74,33 +76,60 @@ def test_kill_9_while_blocks_are_spilled_then_a_restart(tmp_path):
 
 
 @pytest.fixture
-def cgroup_of_2_gib():
-    """Makes processes members of it; only some machines and accounts may have one."""
+def cgroup():
+    """Limits a cgroup's memory; what it returns makes processes members. Only some machines and accounts may have one."""
     version_1 = pathlib.Path("/sys/fs/cgroup/memory")
     group = (version_1 if version_1.is_dir() else version_1.parent) / f"spillway-test-{os.getpid()}"
     try:
         group.mkdir()
     except OSError as error:
         pytest.skip(f"no cgroup can be made: {error}")
-    try:
-        limit = group / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")
+
+    def limit(num_bytes):
         try:
-            limit.write_text(str(2 << 30))
+            (group / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")).write_text(str(num_bytes))
         except OSError as error:
             pytest.skip(f"its memory cannot be limited: {error}")
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        return lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        yield limit
     finally:
         group.rmdir()
 
 
-def test_a_cgroup_of_2_gib_sizes_the_host_tier_and_refuses_what_does_not_fit(cgroup_of_2_gib):
-    server = Server(built_in_model=True, preexec=cgroup_of_2_gib)
+def test_a_cgroup_of_2_gib_sizes_the_host_tier_and_refuses_what_does_not_fit(cgroup):
+    join = cgroup(2 << 30)
+    server = Server(built_in_model=True, preexec=join)
     assert 256 << 20 < server.metric("spillway_kv_capacity_bytes", tier="host") < 512 << 20
     assert complete(server, LONG)[0]
     server.signal()
     assert server.wait() == 0
     with pytest.raises(AssertionError, match="3 GiB do not fit: the cgroup's limit is 2 GiB"):
-        Server("--kv-offloading-size", "3GiB", built_in_model=True, preexec=cgroup_of_2_gib)
+        Server("--kv-offloading-size", "3GiB", built_in_model=True, preexec=join)
+
+
+def test_the_largest_host_tier_that_a_cgroup_takes_can_be_filled(cgroup):
+    join = cgroup(192 << 20)
+    with pytest.raises(AssertionError, match="200 MiB do not fit") as refusal:
+        Server("--kv-offloading-size", "200MiB", built_in_model=True, kv_cache="4MiB", preexec=join)
+    room = float(re.search(r"which leaves ([0-9.]+) MiB", str(refusal.value))[1])
+    server = Server("--kv-offloading-size", f"{int(0.99 * room * 1024)}KiB", built_in_model=True, kv_cache="4MiB", preexec=join)
+    expected = complete(server, LONG)
+    story = itertools.count()
+
+    def add():
+        complete(server, " ".join(str(next(story) * 7919) for _ in range(400)), max_tokens=1)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        while server.metric("spillway_kv_evictions_total", tier="host") == 0:
+            for each in [pool.submit(add) for _ in range(8)]:
+                each.result()
+    capacity = server.metric("spillway_kv_capacity_bytes", tier="host")
+    assert server.metric("spillway_kv_resident_bytes", tier="host") > 0.95 * capacity > 0.9 * 0.95 * room * 2**20
+    assert complete(server, LONG) == expected
+    server.signal()
+    assert server.wait() == 0
 
 
 def test_an_ordinary_account_with_64_kib_of_locked_memory():

@@ -215,14 +215,18 @@ TEST(MakeEngineHost, RefusesActivationRecomputeWhereItSavesNothing) {
 }
 
 TEST(CheckRoom, SaysWhyAHostTierDoesNotFit) {
-  constexpr std::int64_t kGiB = std::int64_t{1} << 30;
-  EXPECT_TRUE(CheckRoom(6 * kGiB, {.available_bytes = 8 * kGiB}, kGiB, 2 * kGiB).ok());
+  constexpr std::int64_t kMiB = std::int64_t{1} << 20;
+  constexpr std::int64_t kGiB = kMiB << 10;
+  const MemoryInUse used{.weight_bytes = kGiB, .kv_cache_bytes = 2 * kGiB, .workspace_bytes = 256 * kMiB};
+  EXPECT_TRUE(CheckRoom(5 * kGiB, {.available_bytes = 8 * kGiB}, used).ok());
   const auto error = [](const absl::Status& status) { return std::string(status.message()); };
-  EXPECT_THAT(error(CheckRoom(7 * kGiB, {.available_bytes = 8 * kGiB}, kGiB, 2 * kGiB)),
-              AllOf(HasSubstr("--kv-offloading-size: 7 GiB do not fit: 8 GiB of memory are available"),
-                    HasSubstr("the KV cache takes 2 GiB"), HasSubstr("leaves 6 GiB")));
-  EXPECT_THAT(error(CheckRoom(2 * kGiB, {.available_bytes = 8 * kGiB, .cgroup_limit_bytes = 4 * kGiB}, kGiB, 2 * kGiB)),
-              AllOf(HasSubstr("the cgroup's limit is 4 GiB, the weights take 1 GiB"), HasSubstr("leaves 1 GiB")));
+  EXPECT_THAT(error(CheckRoom(6 * kGiB, {.available_bytes = 8 * kGiB}, used)),
+              AllOf(HasSubstr("--kv-offloading-size: 6 GiB do not fit: 8 GiB of memory are available"),
+                    HasSubstr("the KV cache takes 2 GiB, a step 256 MiB, everything else is given 128 MiB"),
+                    HasSubstr("leaves 5.538 GiB")));
+  EXPECT_THAT(error(CheckRoom(kGiB, {.available_bytes = 8 * kGiB, .cgroup_limit_bytes = 4 * kGiB}, used)),
+              AllOf(HasSubstr("the cgroup's limit is 4 GiB, the weights take 1 GiB"), HasSubstr("leaves 630.2 MiB")));
+  EXPECT_THAT(error(CheckRoom(kMiB, {.available_bytes = 2 * kGiB}, used)), HasSubstr("leaves 0"));
 }
 
 // One conversation after another, some of them repeated, through the whole program below the front ends.
