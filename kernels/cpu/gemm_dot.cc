@@ -26,8 +26,6 @@ constexpr std::int64_t kRowsPerWorker = 128;
 // Up to so many rows are rearranged by one worker.
 constexpr std::int64_t kRowsPerItem = 16;
 constexpr std::int64_t kInt8RowsPerItem = 4;
-// Of rows whose sums are finished while others are multiplied.
-constexpr std::int64_t kRowsPerPart = 2;
 constexpr std::int64_t kSumsRowBytes = kPanelColumns * static_cast<std::int64_t>(sizeof(float));
 
 // `total` in equal parts of `most` at most: the size of all but the last.
@@ -243,15 +241,14 @@ void DotMatrix::MultiplySlice(const Activations& a, const Output& output, const 
     const std::int64_t panel = keeps_all ? index - slice.begin : (index - slice.begin) % group;
     return panel < num_kept ? passing + (kDotPieceRows + panel * num_rows + m) * kSumsRowBytes : passing;
   };
-  // Rows whose sums are complete, to be finished beside the next piece.
+  // Rows whose sums are complete, to be finished beside the next piece: one at a time, since more are more than the
+  // processor looks ahead.
   Place complete;
   std::array<std::byte*, 2> complete_sums{};
-  const auto finish = [&](std::int64_t part) {
-    const std::int64_t first = part * kRowsPerPart;
-    Finish(a, output, {complete.row + first, std::min(kRowsPerPart, complete.num_rows - first), complete.index},
-           {complete_sums[0] + first * kSumsRowBytes, complete_sums[1] + first * kSumsRowBytes});
+  const auto finish = [&](std::int64_t m) {
+    const std::int64_t offset = m * kSumsRowBytes;
+    Finish(a, output, {complete.row + m, 1, complete.index}, {complete_sums[0] + offset, complete_sums[1] + offset});
   };
-  const auto num_parts = [&] { return (complete.num_rows + kRowsPerPart - 1) / kRowsPerPart; };
   std::int64_t begun_rows = 0;
   for (std::int64_t chunk = 0; chunk < num_blocks(); chunk += blocks_per_chunk) {
     const std::int64_t chunk_end = std::min(chunk + blocks_per_chunk, num_blocks());
@@ -262,24 +259,25 @@ void DotMatrix::MultiplySlice(const Activations& a, const Output& output, const 
         const Place at = {slice.row_begin + m, std::min(num_rows - m, kDotPieceRows), index + 1 - group};
         if (at.num_rows != begun_rows) body_.begin(at.num_rows);
         begun_rows = at.num_rows;
-        body_.multiply({.a = a.rows.From(at.row, chunk),
-                        .num_rows = at.num_rows,
-                        .panel = PanelData(PanelAt(output, index), chunk),
-                        .num_blocks = chunk_end - chunk,
-                        .is_first = chunk == 0,
-                        .is_read_once = is_read_once,
-                        .sums = sums_at(index, m),
-                        .next = next.Part(m / kDotPieceRows, num_pieces),
-                        .output = completes ? WrittenBy(output, at) : DotWrite{},
-                        .num_parts = num_parts(),
-                        .background = finish});
+        body_.multiply(
+            {.a = a.rows.From(at.row, chunk),
+             .num_rows = at.num_rows,
+             .panel = PanelData(PanelAt(output, index), chunk),
+             .num_blocks = chunk_end - chunk,
+             .is_first = chunk == 0,
+             .is_read_once = is_read_once,
+             .sums = sums_at(index, m),
+             .next = next.Part(m / kDotPieceRows, num_pieces),
+             .output = completes ? WrittenBy(output, at) : DotWrite{sums_at(index, m), kSumsRowBytes, kSumsRowBytes},
+             .num_parts = complete.num_rows,
+             .background = finish});
         complete = completes ? at : Place{};
         complete_sums = {sums_at(index + 1 - group, m), sums_at(index, m)};
       }
     }
   }
   body_.end();
-  for (std::int64_t part = 0; part < num_parts(); ++part) finish(part);
+  for (std::int64_t m = 0; m < complete.num_rows; ++m) finish(m);
 }
 
 absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
