@@ -11,6 +11,7 @@
 #include "engine/model_config.h"
 #include "engine/tokenizer.h"
 #include "engine/utf8.h"
+#include "tests/support/byte_tokenizer.h"
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/mutate.h"
 #include "tests/support/temp_folder.h"

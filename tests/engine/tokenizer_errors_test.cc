@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "engine/tokenizer.h"
+#include "tests/support/byte_tokenizer.h"
 #include "tests/support/temp_folder.h"
 
 namespace spillway {

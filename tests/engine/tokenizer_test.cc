@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "tests/support/byte_tokenizer.h"
 #include "tests/support/fake_tokenizer.h"
 #include "tests/support/temp_folder.h"
 

@@ -22,6 +22,7 @@
 #include "gtest/gtest.h"
 #include "kvstore/file_tier.h"
 #include "kvstore/file_tier_format.h"
+#include "tests/support/temp_folder.h"
 
 namespace spillway {
 
@@ -74,11 +75,8 @@ inline absl::Status GetAndWait(Tier& tier, std::uint64_t number, std::vector<std
 class FileTierFixture : public ::testing::Test {
  protected:
   FileTierFixture() {
-    std::string pattern = ::testing::TempDir() + "/file_tier.XXXXXX";
-    root_ = ::mkdtemp(pattern.data());
     options_ = {.directory = root_ + "/tier", .budget_bytes = 1 << 20, .block_bytes = 4096, .space = "a model"};
   }
-  ~FileTierFixture() override { std::filesystem::remove_all(root_); }
 
   std::unique_ptr<Tier> Open() const {
     absl::StatusOr<std::unique_ptr<Tier>> tier = MakeFileTier(options_);
@@ -138,7 +136,8 @@ class FileTierFixture : public ::testing::Test {
     return count;
   }
 
-  std::string root_;
+  const TempFolder folder_;
+  const std::string& root_ = folder_.path();
   FileTierOptions options_;
 };
 

@@ -2,10 +2,8 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <filesystem>
-#include <fstream>
 
 #include "server/await_generation.h"
 #include "server/engine_host.h"
@@ -13,6 +11,7 @@
 #include "server/model_path.h"
 #include "server/numa_placement.h"
 #include "tests/support/checkpoint_writer.h"
+#include "tests/support/temp_folder.h"
 
 namespace spillway {
 namespace {
@@ -21,23 +20,8 @@ namespace fs = std::filesystem;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-class TemporaryFolder {
- public:
-  TemporaryFolder() { ::mkdtemp(path_.data()); }
-  ~TemporaryFolder() { fs::remove_all(path_); }
-  fs::path operator/(const std::string& relative) const { return fs::path(path_) / relative; }
-  void Write(const std::string& relative, const std::string& text) const {
-    fs::create_directories((*this / relative).parent_path());
-    std::ofstream(*this / relative) << text;
-  }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_ = (fs::temp_directory_path() / "spillway-host-XXXXXX").string();
-};
-
 TEST(NumaPlacement, LocalNodesAreThoseOfTheCores) {
-  const TemporaryFolder folder;
+  const TempFolder folder;
   folder.Write("sys/devices/system/node/has_memory", "0-1,3\n");
   folder.Write("sys/devices/system/node/node0/cpulist", "0-3,8-11\n");
   folder.Write("sys/devices/system/node/node1/cpulist", "4-7\n");
@@ -50,7 +34,7 @@ TEST(NumaPlacement, LocalNodesAreThoseOfTheCores) {
 }
 
 TEST(NumaPlacement, OneNodeNeedsNothing) {
-  const TemporaryFolder folder;
+  const TempFolder folder;
   folder.Write("sys/devices/system/node/has_memory", "0\n");
   EXPECT_EQ(PlaceOnLocalNodes(nullptr, 1 << 20, folder.path()).value(), "one node");
   EXPECT_EQ(PlaceOnLocalNodes(nullptr, 1 << 20, "/nonexistent").value(), "one node");
@@ -58,7 +42,7 @@ TEST(NumaPlacement, OneNodeNeedsNothing) {
 
 // This machine's own node, among two that the folder claims: mbind is called and takes.
 TEST(NumaPlacement, PagesAreAskedOfTheNode) {
-  const TemporaryFolder folder;
+  const TempFolder folder;
   folder.Write("sys/devices/system/node/has_memory", "0-1\n");
   folder.Write("sys/devices/system/node/node0/cpulist", "0-1023\n");
   folder.Write("sys/devices/system/node/node1/cpulist", "\n");
@@ -71,24 +55,24 @@ TEST(NumaPlacement, PagesAreAskedOfTheNode) {
 }
 
 TEST(ResolveModel, TakesAFolderWithAConfig) {
-  const TemporaryFolder folder;
+  const TempFolder folder;
   folder.Write("m/config.json", "{}");
-  fs::create_directories(folder / "empty");
-  EXPECT_EQ(ResolveModel(folder / "m", {}).value(), (folder / "m").string());
-  EXPECT_THAT(std::string(ResolveModel(folder / "empty", {}).status().message()), HasSubstr("no config.json"));
+  fs::create_directories(folder.File("empty"));
+  EXPECT_EQ(ResolveModel(folder.File("m"), {}).value(), folder.File("m"));
+  EXPECT_THAT(std::string(ResolveModel(folder.File("empty"), {}).status().message()), HasSubstr("no config.json"));
 }
 
 TEST(ResolveModel, FindsHubIdsInTheCache) {
-  const TemporaryFolder folder;
+  const TempFolder folder;
   folder.Write("hub/models--org--name/refs/main", "abc");
   folder.Write("hub/models--org--name/snapshots/abc/config.json", "{}");
   folder.Write("hub/models--org--name/snapshots/old/config.json", "{}");
   folder.Write("hub/models--gpt2/snapshots/only/config.json", "{}");
-  const std::string snapshot = folder / "hub/models--org--name/snapshots/abc";
+  const std::string snapshot = folder.File("hub/models--org--name/snapshots/abc");
   EXPECT_EQ(ResolveModel("org/name", {{"HF_HOME", folder.path()}}).value(), snapshot);
-  EXPECT_EQ(ResolveModel("org/name", {{"HF_HUB_CACHE", folder / "hub"}, {"HF_HOME", "/nowhere"}}).value(), snapshot);
-  EXPECT_EQ(ResolveModel("gpt2", {{"HF_HOME", folder.path()}}).value(),
-            (folder / "hub/models--gpt2/snapshots/only").string());
+  EXPECT_EQ(ResolveModel("org/name", {{"HF_HUB_CACHE", folder.File("hub")}, {"HF_HOME", "/nowhere"}}).value(),
+            snapshot);
+  EXPECT_EQ(ResolveModel("gpt2", {{"HF_HOME", folder.path()}}).value(), folder.File("hub/models--gpt2/snapshots/only"));
 }
 
 TEST(ResolveModel, SaysHowToFetchWhatIsAbsent) {
@@ -100,16 +84,16 @@ TEST(ResolveModel, SaysHowToFetchWhatIsAbsent) {
 }
 
 TEST(FindDemoModel, IsBesideTheInstalledOrTheBuiltProgram) {
-  const TemporaryFolder folder;
-  EXPECT_TRUE(absl::IsNotFound(FindDemoModel(folder / "bin/spillway").status()));
+  const TempFolder folder;
+  EXPECT_TRUE(absl::IsNotFound(FindDemoModel(folder.File("bin/spillway")).status()));
   folder.Write("bin/share/spillway/demo_model/config.json", "{}");
-  EXPECT_EQ(FindDemoModel(folder / "bin/spillway").value(), folder / "bin/share/spillway/demo_model");
+  EXPECT_EQ(FindDemoModel(folder.File("bin/spillway")).value(), folder.File("bin/share/spillway/demo_model"));
   folder.Write("share/spillway/demo_model/config.json", "{}");
-  EXPECT_EQ(FindDemoModel(folder / "bin/spillway").value(), folder / "share/spillway/demo_model");
+  EXPECT_EQ(FindDemoModel(folder.File("bin/spillway")).value(), folder.File("share/spillway/demo_model"));
 }
 
 TEST(MachineMemory, ReadsTheTightestCgroupOfVersion2) {
-  const TemporaryFolder root;
+  const TempFolder root;
   root.Write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable:   8388608 kB\n");
   root.Write("proc/self/cgroup", "0::/pod/container\n");
   root.Write("sys/fs/cgroup/pod/memory.max", "6442450944\n");
@@ -120,7 +104,7 @@ TEST(MachineMemory, ReadsTheTightestCgroupOfVersion2) {
 }
 
 TEST(MachineMemory, ReadsVersion1AndNoLimit) {
-  const TemporaryFolder root;
+  const TempFolder root;
   root.Write("proc/meminfo", "MemAvailable: 1024 kB\n");
   root.Write("proc/self/cgroup", "5:cpu:/a\n4:memory:/a\n");
   root.Write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n");
@@ -202,12 +186,12 @@ TEST(MakeEngineHost, RefusesAPacedLinkOnTheCudaDevice) {
 }
 
 TEST(MakeEngineHost, RefusesActivationRecomputeWhereItSavesNothing) {
-  const TemporaryFolder folder;
-  fs::create_directories(folder / "m");
-  ASSERT_TRUE(WriteRandomLlama(folder / "m", {.heads = 4, .kv_heads = 2}).ok());
-  ASSERT_TRUE(WriteByteTokenizer(folder / "m", RandomLlamaOptions().vocab).ok());
+  const TempFolder folder;
+  fs::create_directories(folder.File("m"));
+  ASSERT_TRUE(WriteRandomLlama(folder.File("m"), {.heads = 4, .kv_heads = 2}).ok());
+  ASSERT_TRUE(WriteByteTokenizer(folder.File("m"), RandomLlamaOptions().vocab).ok());
   Options options;
-  options.model.model = folder / "m";
+  options.model.model = folder.File("m");
   options.cache.kv_activation_recompute = kRecomputeAuto;
   const absl::Status grouped = MakeEngineHost(options, {}).status();
   EXPECT_TRUE(absl::IsUnimplemented(grouped)) << grouped;
@@ -265,14 +249,14 @@ std::vector<std::vector<std::int32_t>> AnswersWith(const std::string& model, con
 }
 
 TEST(DataParallel, TwoEnginesOverOneHostTierAnswerAsOne) {
-  const TemporaryFolder folder;
-  fs::create_directories(folder / "m");
-  ASSERT_TRUE(WriteRandomLlama(folder / "m", {.layers = 2, .max_positions = 96}).ok());
-  ASSERT_TRUE(WriteByteTokenizer(folder / "m", RandomLlamaOptions().vocab).ok());
+  const TempFolder folder;
+  fs::create_directories(folder.File("m"));
+  ASSERT_TRUE(WriteRandomLlama(folder.File("m"), {.layers = 2, .max_positions = 96}).ok());
+  ASSERT_TRUE(WriteByteTokenizer(folder.File("m"), RandomLlamaOptions().vocab).ok());
   EngineStatus one, two;
-  const auto expected = AnswersWith(folder / "m", {"--kv-offloading-size", "0"}, one);
+  const auto expected = AnswersWith(folder.File("m"), {"--kv-offloading-size", "0"}, one);
   EXPECT_EQ(
-      AnswersWith(folder / "m",
+      AnswersWith(folder.File("m"),
                   {"--data-parallel-size", "2", "--kv-offloading-size", "64MiB", "--kv-cache-memory-bytes", "200KiB"},
                   two),
       expected);

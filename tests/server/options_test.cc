@@ -3,16 +3,15 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <array>
-#include <filesystem>
 #include <fstream>
 #include <set>
 #include <sstream>
 
 #include "server/option_table.h"
 #include "server/option_values.h"
+#include "tests/support/temp_folder.h"
 
 namespace spillway {
 namespace {
@@ -77,16 +76,11 @@ std::optional<std::string> OtherValue(const OptionRow& row) {
 
 class TemporaryFile {
  public:
-  explicit TemporaryFile(std::string_view text) {
-    const int file = ::mkstemp(path_.data());
-    ::close(file);
-    std::ofstream(path_) << text;
-  }
-  ~TemporaryFile() { std::filesystem::remove(path_); }
-  const std::string& path() const { return path_; }
+  explicit TemporaryFile(std::string_view text) { folder_.Write("config.yaml", text); }
+  std::string path() const { return folder_.File("config.yaml"); }
 
  private:
-  std::string path_ = (std::filesystem::temp_directory_path() / "spillway-options-XXXXXX").string();
+  TempFolder folder_;
 };
 
 TEST(OptionTable, NamesAreUniqueInEachCommand) {
