@@ -9,7 +9,7 @@ root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
 mkdir -p "$out" "$root/include" "$root/lib"
 libs=/usr/lib/x86_64-linux-gnu
-for header in absl gtest gmock hwy nlohmann openssl unicode pcre2.h xxhash.h; do
+for header in absl gtest gmock hwy nlohmann openssl unicode pcre2.h xxhash.h xxh_x86dispatch.h; do
   cp -r "/usr/include/$header" "$root/include/"
 done
 cp -r "/usr/include/x86_64-linux-gnu/openssl" "$root/include/"  # configuration.h lives with the architecture
