@@ -13,13 +13,16 @@
 
 namespace spillway::cuda {
 
-// A kernel that meets input it cannot honour writes it here, in pinned mapped host memory, first come first kept.
-enum FaultCode : std::int32_t { kNoFault = 0, kFaultBeingWritten = 1, kFaultToken = 2 };
-struct Fault {
-  std::int32_t code;  // FaultCode; the other fields are valid once it is above kFaultBeingWritten
-  std::int32_t row;
-  std::int32_t value;
-};
+// What a kernel tells of input it cannot honour, in pinned mapped host memory: a word written by one store, since links
+// carry no atomics. Of several faults any one may be what the host reads.
+using Fault = std::uint64_t;
+inline constexpr Fault kNoFault = 0;
+// A token outside the table: the row and one in the upper half, the token in the lower.
+constexpr Fault TokenFault(std::int32_t row, std::int32_t token) {
+  return (static_cast<Fault>(row) + 1) << 32 | static_cast<std::uint32_t>(token);
+}
+constexpr std::int32_t RowOfFault(Fault fault) { return static_cast<std::int32_t>(fault >> 32) - 1; }
+constexpr std::int32_t TokenOfFault(Fault fault) { return static_cast<std::int32_t>(fault & 0xffffffffU); }
 
 // Field by field SampleRow and SampleResult of kernels/kernels.h, which nvcc does not read.
 inline constexpr int kMaxReportedLogprobs = 20;
@@ -53,7 +56,7 @@ struct EmbedParams {
   std::int64_t row_stride;
   float* out;                      // [num_tokens, hidden]
   const SampleRowResult* sampled;  // of tokens[t] = -1 - r: row r's token; or null
-  Fault* fault;                    // kFaultToken: the row is left as zeros
+  Fault* fault;                    // TokenFault: the row is left as zeros
 };
 cudaError_t LaunchEmbed(const EmbedParams& params, cudaStream_t stream);
 

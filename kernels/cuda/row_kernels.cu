@@ -32,12 +32,8 @@ __global__ void EmbedKernel(EmbedParams params) {
   for (std::int64_t i = threadIdx.x; i < params.hidden; i += blockDim.x) {
     out[i] = is_known ? LoadAs(params.table, params.dtype, token * params.row_stride + i) : 0.0F;
   }
-  if (!is_known && threadIdx.x == 0 &&
-      atomicCAS_system(&params.fault->code, kNoFault, kFaultBeingWritten) == kNoFault) {
-    params.fault->row = static_cast<std::int32_t>(t);
-    params.fault->value = token;
-    __threadfence_system();
-    atomicExch_system(&params.fault->code, kFaultToken);
+  if (!is_known && threadIdx.x == 0) {
+    *static_cast<volatile Fault*>(params.fault) = TokenFault(static_cast<std::int32_t>(t), token);
   }
 }
 

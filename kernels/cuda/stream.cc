@@ -24,10 +24,10 @@ void StreamState::Fail(absl::Status status) {
 }
 
 absl::Status StreamState::status() {
-  const volatile Fault* const fault = this->fault();
-  if (fault->code == kFaultToken) {
+  const Fault fault = *static_cast<const volatile Fault*>(this->fault());
+  if (fault != kNoFault) {
     Fail(absl::InternalError(
-        absl::StrCat("embed: token ", fault->value, " at row ", fault->row, " is outside the table")));
+        absl::StrCat("embed: token ", TokenOfFault(fault), " at row ", RowOfFault(fault), " is outside the table")));
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   return status_;

@@ -84,7 +84,6 @@ void AwaitCopies(int pending);
 
 inline void __syncthreads() { spillway::emulation::SyncBlock(); }
 inline void __syncwarp(unsigned mask = 0xffffffffU) { const spillway::emulation::Meeting meeting(mask, "", 0); }
-inline void __threadfence_system() {}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
@@ -137,16 +136,6 @@ T atomicAdd(T* at, T value) {
 inline unsigned atomicOr(unsigned* at, unsigned value) {
   const unsigned old = *at;
   *at = old | value;
-  return old;
-}
-inline int atomicCAS_system(int* at, int expected, int value) {
-  const int old = *at;
-  if (old == expected) *at = value;
-  return old;
-}
-inline int atomicExch_system(int* at, int value) {
-  const int old = *at;
-  *at = value;
   return old;
 }
 inline int __ffs(int value) { return __builtin_ffs(value); }
