@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -80,16 +81,7 @@ void Multiply(Bench& bench, const std::optional<Cublas>& cublas, const Shape& sh
   auto* const values = reinterpret_cast<float*>(out.get());
   const double flops = 2.0 * static_cast<double>(num_rows * shape.columns * shape.depth);
   const std::string what = std::string(shape.name) + ", " + std::to_string(num_rows) + " rows";
-  double peer = 0;
-  if (cublas.has_value()) {
-    const Measured time = bench.Time([&](int run) {
-      cublas->Multiply(a.get(), weights[static_cast<std::size_t>(run % kCopies)].get(), values,
-                       static_cast<int>(num_rows), static_cast<int>(shape.columns), static_cast<int>(shape.depth));
-    });
-    peer = flops / time.median_us * 1e-6;
-    bench.Report({"cublas", what, time, peer, "TFLOP/s", 0});
-  }
-  const Measured time = bench.Time([&](int run) {
+  std::vector<std::function<void(int)>> works = {[&](int run) {
     GemmArgs args;
     args.a = a.get();
     args.a_dtype = DType::kBF16;
@@ -97,11 +89,21 @@ void Multiply(Bench& bench, const std::optional<Cublas>& cublas, const Shape& sh
     args.weight = packed[static_cast<std::size_t>(run % kCopies)].get();
     args.out = values;
     bench.kernels().Gemm(bench.stream(), args);
-  });
-  bench.Report({"gemm", what, time, flops / time.median_us * 1e-6, "TFLOP/s", peer});
+  }};
+  if (cublas.has_value()) {
+    works.emplace_back([&](int run) {
+      cublas->Multiply(a.get(), weights[static_cast<std::size_t>(run % kCopies)].get(), values,
+                       static_cast<int>(num_rows), static_cast<int>(shape.columns), static_cast<int>(shape.depth));
+    });
+  }
+  const std::vector<Measured> times = bench.TimeInTurns(works);
+  const auto rate = [&](std::size_t i) { return flops / times[i].median_us * 1e-6; };
+  if (cublas.has_value()) bench.Report({"cublas", what, times[1], rate(1), "TFLOP/s", 0});
+  bench.Report({"gemm", what, times[0], rate(0), "TFLOP/s", cublas.has_value() ? rate(1) : 0});
   if (num_rows > 16) return;
   const double bytes = 2.0 * static_cast<double>(shape.columns * shape.depth);
-  bench.Report({"gemm", what + ", of its weights", time, bytes / time.median_us * 1e-3, "GB/s", bench.hbm_gbps});
+  bench.Report(
+      {"gemm", what + ", of its weights", times[0], bytes / times[0].median_us * 1e-3, "GB/s", bench.hbm_gbps});
 }
 
 }  // namespace

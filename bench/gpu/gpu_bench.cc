@@ -1,12 +1,15 @@
-// gpu_bench [--json FILE] [--commit NAME] [--machine TEXT] [--batch-invariant]: the cuda device's speeds against what
-// the machine can do. The limits are measured first: memory bandwidth by a device-to-device copy, the link by pinned
-// copies of 64 MiB.
+// gpu_bench [--only SECTION]... [--json FILE] [--commit NAME] [--machine TEXT] [--batch-invariant]: the cuda device's
+// speeds against what the machine can do. The limits are measured first: memory bandwidth by a device-to-device copy,
+// the link by pinned copies of 64 MiB.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "bench/gpu/measure.h"
 #include "kernels/check.h"
@@ -37,6 +40,8 @@ void RunCopyBench(Bench& bench) {
   const auto both_ways = [&](std::size_t span, bool up, bool down) {
     return bench.Time([&](int) {
       if (up && down) other->Wait(bench.stream().Record());
+      bench.stream().Hold();  // as the transfers of the tiers are queued
+      other->Hold();
       for (std::size_t at = 0; at < kTotal; at += span) {
         if (up) bench.stream().Copy(device.get() + at, host.get() + at, span);
         if (down) {
@@ -44,6 +49,8 @@ void RunCopyBench(Bench& bench) {
           stream.Copy(host.get() + kTotal + at, device.get() + kTotal + at, span);
         }
       }
+      other->Resume();
+      bench.stream().Resume();
       if (up && down) bench.stream().Wait(other->Record());
     });
   };
@@ -119,9 +126,20 @@ void RunLaunchBench(Bench& bench) {
 }  // namespace spillway::bench
 
 int main(int argc, char** argv) {
+  using spillway::bench::Bench;
+  struct Section {
+    const char* name;
+    void (*run)(Bench&);
+  };
+  // In this order: the copies measure what the others are compared with.
+  constexpr Section kSections[] = {
+      {"copy", spillway::bench::RunCopyBench},     {"launch", spillway::bench::RunLaunchBench},
+      {"gather", spillway::bench::RunGatherBench}, {"attention", spillway::bench::RunAttentionBench},
+      {"gemm", spillway::bench::RunGemmBench},     {"step", spillway::bench::RunStepBench}};
   std::string json;
   std::string commit = "unknown";
   std::string machine = "unknown";
+  std::vector<std::string> only;
   bool batch_invariant = false;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
@@ -130,19 +148,28 @@ int main(int argc, char** argv) {
       commit = argv[++i];
     } else if (std::strcmp(argv[i], "--machine") == 0 && i + 1 < argc) {
       machine = argv[++i];
+    } else if (std::strcmp(argv[i], "--only") == 0 && i + 1 < argc) {
+      only.emplace_back(argv[++i]);
     } else if (std::strcmp(argv[i], "--batch-invariant") == 0) {
       batch_invariant = true;
     } else {
-      std::fprintf(stderr, "gpu_bench [--json FILE] [--commit NAME] [--machine TEXT] [--batch-invariant]\n");
+      std::fprintf(stderr,
+                   "gpu_bench [--only copy|launch|gather|attention|gemm|step]... [--json FILE] [--commit NAME]\n"
+                   "          [--machine TEXT] [--batch-invariant]\n");
       return 1;
     }
   }
-  spillway::bench::Bench bench(batch_invariant);
-  spillway::bench::RunCopyBench(bench);
-  spillway::bench::RunLaunchBench(bench);
-  spillway::bench::RunGatherBench(bench);
-  spillway::bench::RunAttentionBench(bench);
-  spillway::bench::RunGemmBench(bench);
+  for (const std::string& name : only) {
+    if (std::none_of(std::begin(kSections), std::end(kSections),
+                     [&](const Section& each) { return name == each.name; })) {
+      std::fprintf(stderr, "gpu_bench: --only %s: there is no such section\n", name.c_str());
+      return 1;
+    }
+  }
+  Bench bench(batch_invariant);
+  for (const Section& section : kSections) {
+    if (only.empty() || std::find(only.begin(), only.end(), section.name) != only.end()) section.run(bench);
+  }
   if (!json.empty()) bench.WriteJson(json, commit, machine);
   return 0;
 }

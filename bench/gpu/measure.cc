@@ -65,12 +65,14 @@ void Bench::Finish() {
   SPILLWAY_CHECK(status.ok()) << status;
 }
 
-Measured Bench::Time(const std::function<void(int)>& work) {
+Measured Bench::Time(const std::function<void(int)>& work) { return TimeInTurns({&work, 1}).front(); }
+
+std::vector<Measured> Bench::TimeInTurns(std::span<const std::function<void(int)>> works) {
   cudaEvent_t begin = nullptr;
   cudaEvent_t end = nullptr;
   Check(cudaEventCreate(&begin), "event");
   Check(cudaEventCreate(&end), "event");
-  const auto once = [&](int run) {
+  const auto once = [&](const std::function<void(int)>& work, int run) {
     Check(cudaEventRecord(begin, stream_->handle()), "record");
     work(run);
     Check(cudaEventRecord(end, stream_->handle()), "record");
@@ -79,17 +81,26 @@ Measured Bench::Time(const std::function<void(int)>& work) {
     Check(cudaEventElapsedTime(&ms, begin, end), "elapsed");
     return double{ms} * 1e3;
   };
-  once(0);
-  const double estimate = once(1);
-  const int num_runs = std::clamp(static_cast<int>(kMinTotalUs / std::max(estimate, 1.0)), kMinRuns, kMaxRuns);
-  std::vector<double> times;
-  for (int run = 0; run < num_runs; ++run) times.push_back(once(run));
+  double estimate = 1;
+  for (const auto& work : works) {
+    once(work, 0);
+    estimate = std::max(estimate, once(work, 1));
+  }
+  const int num_runs = std::clamp(static_cast<int>(kMinTotalUs / estimate), kMinRuns, kMaxRuns);
+  std::vector<std::vector<double>> times(works.size());
+  for (int run = 0; run < num_runs; ++run) {
+    for (std::size_t i = 0; i < works.size(); ++i) times[i].push_back(once(works[i], run));
+  }
   Check(cudaEventDestroy(begin), "event");
   Check(cudaEventDestroy(end), "event");
   Finish();
-  std::sort(times.begin(), times.end());
-  const double median = times[times.size() / 2];
-  return {median, (times[times.size() * 9 / 10] - times[times.size() / 10]) / median};
+  std::vector<Measured> measured;
+  for (std::vector<double>& each : times) {
+    std::sort(each.begin(), each.end());
+    const double median = each[each.size() / 2];
+    measured.push_back({median, (each[each.size() * 9 / 10] - each[each.size() / 10]) / median});
+  }
+  return measured;
 }
 
 }  // namespace spillway::bench

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,6 +46,8 @@ class Bench {
 
   // Median of repeated runs by CUDA events, after warming up. work(i): run i queues on stream(), for rotating inputs.
   Measured Time(const std::function<void(int)>& work);
+  // Each work's run i after the other's: the chip's clocks, which sink under load, are the same for all.
+  std::vector<Measured> TimeInTurns(std::span<const std::function<void(int)>> works);
 
   void Report(Row row) { results_.Report(std::move(row)); }
   double hbm_gbps = 0;     // bytes read plus written, measured by the copy section
@@ -64,5 +67,6 @@ class Bench {
 
 void RunAttentionBench(Bench& bench);
 void RunGemmBench(Bench& bench);
+void RunStepBench(Bench& bench);
 
 }  // namespace spillway::bench
