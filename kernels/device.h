@@ -56,7 +56,8 @@ class Stream {
   // Later work on this stream starts after `event`; the calling thread does not block.
   virtual void Wait(const std::shared_ptr<Event>& event) = 0;
   // What is queued from Hold to the Resume that ends it begins with that Resume: where a stream is a thread, this one
-  // is woken once, and finds all of it.
+  // is woken once, and finds all of it. Copies queued one after the other in between may be done in any order: none
+  // touches what another writes.
   virtual void Hold() {}
   virtual void Resume() {}
   // Runs `reached` on a device thread once all work queued before is done (or was skipped after an error).

@@ -140,6 +140,7 @@ CudaStream::CudaStream(int device, Repeats repeats, const Handles& handles, Buff
 
 CudaStream::~CudaStream() {
   cudaSetDevice(device_);
+  QueueHeld();
   Check(cudaStreamSynchronize(handles_.stream), "the last work of a stream");
   Check(cudaStreamSynchronize(handles_.notifier), "the last notification of a stream");
   state_->RunPending();
@@ -175,16 +176,60 @@ bool CudaStream::IsUsable() const {
 
 void CudaStream::Gather(std::byte* to, std::span<const std::byte* const> from, std::size_t offset,
                         std::size_t size_bytes) {
-  for (std::size_t i = 0; i < from.size(); ++i) Copy(to + i * size_bytes, from[i] + offset, size_bytes);
+  Copies copies;
+  for (std::size_t i = 0; i < from.size(); ++i) copies.Add(to + i * size_bytes, from[i] + offset, size_bytes);
+  QueueHeld();
+  QueueCopies(copies);
 }
 
 void CudaStream::Copy(std::byte* to, const std::byte* from, std::size_t size_bytes) {
+  if (is_holding_ && target_ == handles_.stream) {
+    held_.Add(to, from, size_bytes);
+    return;
+  }
   if (size_bytes == 0) return;
   Queue("copy", [&](cudaStream_t stream) { return cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, stream); });
 }
 
+void CudaStream::Resume() {
+  is_holding_ = false;
+  QueueHeld();
+}
+
+void CudaStream::QueueCopies(Copies& copies) {
+  if (IsUsable()) Check(copies.Queue(target_), "copies");
+  copies = {};
+}
+
+void CudaStream::Copies::Add(std::byte* destination, const std::byte* source, std::size_t size_bytes) {
+  if (size_bytes == 0) return;
+  to.push_back(destination);
+  from.push_back(source);
+  sizes.push_back(size_bytes);
+}
+
+cudaError_t CudaStream::Copies::Queue(cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(stream, &capture); error != cudaSuccess) return error;
+#if CUDART_VERSION >= 13000
+  if (to.size() > 1 && capture == cudaStreamCaptureStatusNone) {  // a graph takes no batch
+    cudaMemcpyAttributes attributes = {};
+    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+    attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
+    std::size_t first = 0;
+    return cudaMemcpyBatchAsync(to.data(), from.data(), sizes.data(), to.size(), &attributes, &first, 1, stream);
+  }
+#endif
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    const cudaError_t error = cudaMemcpyAsync(to[i], from[i], sizes[i], cudaMemcpyDefault, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 std::shared_ptr<Event> CudaStream::RecordWith(unsigned flags) {
   cudaEvent_t event = nullptr;
+  QueueHeld();
   static_cast<void>(cudaSetDevice(device_));
   // Who waits for it sleeps.
   Check(cudaEventCreateWithFlags(&event, flags | cudaEventBlockingSync), "creating an event");
@@ -205,11 +250,13 @@ void CudaStream::Wait(const std::shared_ptr<Event>& event) {
 void CudaStream::Notify(std::function<void()> reached) {
   SPILLWAY_CHECK(target_ == handles_.stream)
       << "a notification among repeated work would be sent with every repetition";
+  QueueHeld();
   static_cast<void>(cudaSetDevice(device_));
   state_->Notify(handles_.stream, handles_.mark, handles_.notifier, std::move(reached));
 }
 
 void CudaStream::Repeat(std::uint64_t key, const std::function<void()>& queue) {
+  QueueHeld();
   if (!IsUsable()) return;
   const auto [met, is_new] = graphs_.try_emplace(key, nullptr);
   // The first time loads kernels, takes workspaces and chooses algorithms, which cannot be recorded.

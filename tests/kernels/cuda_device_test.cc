@@ -102,6 +102,35 @@ TEST(CudaStreamTest, CopiesAreBitExactAndInOrder) {
   }
 }
 
+TEST(CudaStreamTest, HeldCopiesGoBeforeWhateverFollowsThem) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  const auto stream = device->NewStream().value();
+  constexpr std::size_t kSpan = 1000;
+  constexpr std::size_t kSpans = 40;
+  Random random(2);
+  const std::vector<std::byte> bytes = RandomBytes(random, kSpans * kSpan);
+  const Buffer from = device->Allocate(MemoryKind::kPinnedHost, bytes.size()).value();
+  const Buffer on_device = device->Allocate(MemoryKind::kDevice, bytes.size()).value();
+  const Buffer to = device->Allocate(MemoryKind::kPinnedHost, bytes.size()).value();
+  std::memcpy(from.get(), bytes.data(), bytes.size());
+  std::vector<const std::byte*> spans;  // backwards
+  stream->Hold();
+  for (std::size_t i = 0; i < kSpans; ++i) {
+    stream->Copy(on_device.get() + i * kSpan, from.get() + i * kSpan, i % 7 == 3 ? 0 : kSpan);
+    spans.push_back(on_device.get() + (kSpans - 1 - i) * kSpan);
+  }
+  const std::shared_ptr<Event> event = stream->Record();
+  stream->Gather(to.get(), spans, 0, kSpan);
+  stream->Copy(on_device.get(), from.get() + kSpan, kSpan);  // after it was gathered
+  stream->Resume();
+  EXPECT_TRUE(event->Await().ok());
+  ASSERT_TRUE(stream->Record()->Await().ok());
+  for (std::size_t i = 0; i < kSpans; ++i) {
+    const std::byte* const arrived = to.get() + (kSpans - 1 - i) * kSpan;
+    EXPECT_EQ(std::memcmp(arrived, bytes.data() + i * kSpan, kSpan) == 0, i % 7 != 3) << i;
+  }
+}
+
 TEST(CudaStreamTest, EventsTellTheTimeBetweenThemAcrossStreams) {
   SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
   const auto first = device->NewStream().value();
