@@ -144,8 +144,14 @@ class Identity : public ::testing::TestWithParam<IdentityCase> {
  protected:
   void SetUp() override {
     device_.target = GetParam().target;
-    if (absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_); !device.ok())
-      GTEST_SKIP() << device.status();
+    const absl::StatusOr<std::unique_ptr<Device>> device = MakeCpuDevice(device_);
+    if (!device.ok()) GTEST_SKIP() << device.status();
+    if (GetParam().quantization == Quantization::kInt8) {
+      const std::vector<float> values(4, 1);
+      const MatrixView view = {reinterpret_cast<const std::byte*>(values.data()), DType::kF32, 2, 2, 2};
+      if (const absl::Status status = (*device)->kernels().PackInt8({&view, 1}).status(); absl::IsUnimplemented(status))
+        GTEST_SKIP() << status.message();
+    }
     const std::string name = GetParam().model;
     if (name == "stories260K") {
       SPILLWAY_SHARED_OR_SKIP(root, "models/stories260K");
