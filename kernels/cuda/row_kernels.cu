@@ -79,42 +79,52 @@ __global__ void RopeAnglesKernel(RopeAnglesParams params) {
   out[params.half + i] = static_cast<float>(sine);
 }
 
-// One CTA per token. Rotates pairs (i, i + half) as (a cos - b sin, b cos + a sin).
-__global__ void RopeAppendKernel(RopeAppendParams params) {
-  const std::int64_t t = blockIdx.x;
-  const int dim = params.kv.head_dim;
-  const int half = dim / 2;
-  const int num_kv_heads = params.kv.num_kv_heads;
-  const float* const qkv = params.qkv + t * (params.num_heads + 2 * num_kv_heads) * dim;
-  const float* const cos_sin = params.cos_sin + t * dim;
-  std::byte* const rows = params.kv.pool + params.blocks[t] * params.kv.block_bytes +
-                          params.positions[t] % kBlockTokens * params.kv.row_bytes;
+// Row [K | V] of a token in its block.
+__device__ __forceinline__ std::byte* RowOf(const RopeAppendParams& params, std::int32_t block, unsigned t,
+                                            unsigned kv_head) {
+  return params.kv.pool + block * params.kv.block_bytes + kv_head * params.kv.strip_bytes +
+         params.positions[t] % kBlockTokens * params.kv.row_bytes;
+}
 
-  const bool is_kept = params.blocks[t] >= 0;
-  const int num_rotated = (params.num_heads + (is_kept ? num_kv_heads : 0)) * half;
-  for (int index = static_cast<int>(threadIdx.x); index < num_rotated; index += static_cast<int>(blockDim.x)) {
-    const int head = index / half;
-    const int i = index % half;
-    const float first = qkv[head * dim + i];
-    const float second = qkv[head * dim + half + i];
-    const float cosine = cos_sin[i];
-    const float sine = cos_sin[half + i];
-    const float low = fmaf(first, cosine, -(second * sine));
-    const float high = fmaf(second, cosine, first * sine);
-    if (head < params.num_heads) {
-      const std::int64_t at = (t * params.num_heads + head) * dim + i;
-      StoreAs(params.q, params.q_dtype, at, low);
-      StoreAs(params.q, params.q_dtype, at + half, high);
-    } else {
-      std::byte* const row = rows + (head - params.num_heads) * params.kv.strip_bytes;
-      StoreAs(row, params.kv.dtype, i, low);
-      StoreAs(row, params.kv.dtype, half + i, high);
-    }
+// A thread per pair (i, i + half) of q, K and V: those of q and K become (a cos - b sin, b cos + a sin). One CTA per
+// token would be too few to hide what a load takes: 5.5 us for a single token instead of 2.
+__global__ void RopeAppendKernel(RopeAppendParams params) {
+  const int dim = params.kv.head_dim;
+  const auto half = static_cast<unsigned>(dim / 2);
+  const auto num_heads = static_cast<unsigned>(params.num_heads);
+  const auto num_kv_heads = static_cast<unsigned>(params.kv.num_kv_heads);
+  const unsigned all_heads = num_heads + 2 * num_kv_heads;
+  const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned row = index / half;  // of heads, token by token
+  const auto i = static_cast<int>(index % half);
+  const unsigned t = row / all_heads;
+  const unsigned head = row % all_heads;
+  if (t >= params.num_tokens) return;
+  const std::int32_t block = params.blocks[t];
+  if (head >= num_heads && block < 0) return;
+
+  const float* const from = params.qkv + std::int64_t{row} * dim;
+  const float first = from[i];
+  const float second = from[half + i];
+  if (head >= num_heads + num_kv_heads) {
+    std::byte* const to = RowOf(params, block, t, head - num_heads - num_kv_heads);
+    StoreAs(to, params.kv.dtype, dim + i, first);
+    StoreAs(to, params.kv.dtype, dim + half + i, second);
+    return;
   }
-  if (!is_kept) return;
-  const float* const values = qkv + (params.num_heads + num_kv_heads) * dim;
-  for (int index = static_cast<int>(threadIdx.x); index < num_kv_heads * dim; index += static_cast<int>(blockDim.x)) {
-    StoreAs(rows + index / dim * params.kv.strip_bytes, params.kv.dtype, dim + index % dim, values[index]);
+  const float* const cos_sin = params.cos_sin + std::int64_t{t} * dim;
+  const float cosine = cos_sin[i];
+  const float sine = cos_sin[half + i];
+  const float low = fmaf(first, cosine, -(second * sine));
+  const float high = fmaf(second, cosine, first * sine);
+  if (head < num_heads) {
+    const std::int64_t at = (std::int64_t{t} * num_heads + head) * dim + i;
+    StoreAs(params.q, params.q_dtype, at, low);
+    StoreAs(params.q, params.q_dtype, at + half, high);
+  } else {
+    std::byte* const to = RowOf(params, block, t, head - num_heads);
+    StoreAs(to, params.kv.dtype, i, low);
+    StoreAs(to, params.kv.dtype, half + i, high);
   }
 }
 
@@ -157,7 +167,10 @@ cudaError_t LaunchRopeAngles(const RopeAnglesParams& params, cudaStream_t stream
 
 cudaError_t LaunchRopeAppend(const RopeAppendParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return cudaSuccess;
-  return Launch(RopeAppendKernel, static_cast<unsigned>(params.num_tokens), kThreads, 0, stream, params);
+  const std::int64_t num_pairs =
+      params.num_tokens * (params.num_heads + 2 * params.kv.num_kv_heads) * (params.kv.head_dim / 2);
+  if (num_pairs >= std::int64_t{1} << 31) return cudaErrorInvalidValue;  // 0.7 million tokens of Llama-3-8B
+  return Launch(RopeAppendKernel, BlocksFor(num_pairs), kThreads, 0, stream, params);
 }
 
 cudaError_t LaunchSiluMul(const SiluMulParams& params, cudaStream_t stream) {
