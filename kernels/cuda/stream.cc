@@ -10,6 +10,12 @@
 #include "kernels/status_macros.h"
 
 namespace spillway::cuda {
+namespace {
+
+// 4,096 in one call took 4.5 us each on an H200, fewer 0.8.
+[[maybe_unused]] constexpr std::size_t kCopiesPerCall = 256;
+
+}  // namespace
 
 struct StreamState::Callback {
   std::shared_ptr<StreamState> state;
@@ -217,7 +223,13 @@ cudaError_t CudaStream::Copies::Queue(cudaStream_t stream) {
     attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
     attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
     std::size_t first = 0;
-    return cudaMemcpyBatchAsync(to.data(), from.data(), sizes.data(), to.size(), &attributes, &first, 1, stream);
+    cudaError_t error = cudaSuccess;
+    for (std::size_t at = 0; at < to.size() && error == cudaSuccess; at += kCopiesPerCall) {
+      const std::size_t count = std::min(kCopiesPerCall, to.size() - at);
+      error = cudaMemcpyBatchAsync(to.data() + at, from.data() + at, sizes.data() + at, count, &attributes, &first, 1,
+                                   stream);
+    }
+    return error;
   }
 #endif
   for (std::size_t i = 0; i < to.size(); ++i) {

@@ -106,7 +106,7 @@ TEST(CudaStreamTest, HeldCopiesGoBeforeWhateverFollowsThem) {
   SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
   const auto stream = device->NewStream().value();
   constexpr std::size_t kSpan = 1000;
-  constexpr std::size_t kSpans = 40;
+  constexpr std::size_t kSpans = 300;
   Random random(2);
   const std::vector<std::byte> bytes = RandomBytes(random, kSpans * kSpan);
   const Buffer from = device->Allocate(MemoryKind::kPinnedHost, bytes.size()).value();
