@@ -410,6 +410,10 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& folder, DT
                                                    const std::function<void(std::size_t, std::size_t)>& progress) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(folder));
   ASSIGN_OR_RETURN(GenerationDefaults defaults, ReadGenerationDefaults(folder));
+  for (const std::int32_t token : defaults.eos_tokens) {  // a chat model's turns may end otherwise than its documents
+    const bool is_known = std::ranges::count(config.eos_tokens, token) > 0;
+    if (!is_known && token < config.vocab) config.eos_tokens.push_back(token);
+  }
   DType dtype = device.kernels().Computes(config.weight_dtype) ? config.weight_dtype : DType::kF32;
   if (choice == DTypeChoice::kFloat32) dtype = DType::kF32;
   if (choice == DTypeChoice::kBFloat16) dtype = DType::kBF16;

@@ -28,9 +28,9 @@ struct ModelConfig {
   float norm_epsilon = 1e-5F;
   double rope_theta = 10000.0;
   bool tied_embeddings = false;
-  DType weight_dtype = DType::kF32;  // torch_dtype / dtype of config.json, else that of the embedding tensor
-  std::int32_t bos_token = -1;       // -1: none
-  std::vector<std::int32_t> eos_tokens;
+  DType weight_dtype = DType::kF32;      // torch_dtype / dtype of config.json, else that of the embedding tensor
+  std::int32_t bos_token = -1;           // -1: none
+  std::vector<std::int32_t> eos_tokens;  // of a loaded model: generation_config.json's as well
 };
 
 // generation_config.json: defaults for sampling parameters that a request leaves unset. All optional.
@@ -41,7 +41,7 @@ struct GenerationDefaults {
   std::optional<float> min_p;
   std::optional<float> repetition_penalty;  // refused by name where not 1
   std::optional<std::int32_t> max_new_tokens;
-  std::vector<std::int32_t> eos_tokens;  // empty: the config's
+  std::vector<std::int32_t> eos_tokens;  // beside the config's
 };
 
 // `folder`/config.json. INVALID_ARGUMENT names the field, its value and what is allowed; UNIMPLEMENTED an architecture

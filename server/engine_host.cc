@@ -24,35 +24,6 @@
 namespace spillway {
 namespace {
 
-// --generation-config vllm: the model without the sampling defaults of its generation_config.json.
-class ModelWithoutDefaults : public Model {
- public:
-  explicit ModelWithoutDefaults(std::unique_ptr<Model> model) : model_(std::move(model)) {
-    defaults_.eos_tokens = model_->generation_defaults().eos_tokens;
-  }
-  const ModelConfig& config() const override { return model_->config(); }
-  const GenerationDefaults& generation_defaults() const override { return defaults_; }
-  DType dtype() const override { return model_->dtype(); }
-  KvLayout kv_layout() const override { return model_->kv_layout(); }
-  std::size_t weight_bytes() const override { return model_->weight_bytes(); }
-  absl::StatusOr<std::unique_ptr<KvProjector>> MakeKvProjector(std::int64_t max_positions) override {
-    return model_->MakeKvProjector(max_positions);
-  }
-  std::size_t WorkspaceBytes(std::int64_t max_tokens, std::int64_t max_sampled) const override {
-    return model_->WorkspaceBytes(max_tokens, max_sampled);
-  }
-  absl::Status Reserve(std::int64_t max_tokens, std::int64_t max_sampled) override {
-    return model_->Reserve(max_tokens, max_sampled);
-  }
-  const float* Forward(Stream& stream, const StepArrays& arrays, const KvView& kv) override {
-    return model_->Forward(stream, arrays, kv);
-  }
-
- private:
-  const std::unique_ptr<Model> model_;
-  GenerationDefaults defaults_;
-};
-
 int CoresOfThisProcess() {
   cpu_set_t cores;
   CPU_ZERO(&cores);
@@ -104,7 +75,6 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const Options& options, const s
        {"quantization", options.model.quantization},
        {"size", ShowSize(static_cast<std::int64_t>(model->weight_bytes()))},
        {"seconds", fmt::format("{:.3f}", seconds)}});
-  if (options.model.generation_config == "vllm") model = std::make_unique<ModelWithoutDefaults>(std::move(model));
   return model;
 }
 
@@ -340,6 +310,7 @@ absl::StatusOr<EngineHost> MakeEngineHost(const Options& options, const Environm
   if (service.model_names.empty()) {
     service.model_names = {options.model.model.empty() ? kDemoModelName : options.model.model};
   }
+  service.takes_generation_defaults = options.model.generation_config != "vllm";
   service.cache_salt_by_tenant = options.cache.cache_salt_by_tenant;
   host.metrics = Metrics::Make(service.model_names.front(), static_cast<int>(capacity.max_model_len), num_engines);
 

@@ -219,8 +219,7 @@ absl::StatusOr<GenerationRequest> InferenceCalls::Prepare(const grpc::CallbackSe
                                                           const vllm::GenerateRequest& request) const {
   const grpc::Status key = CheckKey(context, api_keys_);
   if (!key.ok()) return absl::UnauthenticatedError(key.error_message());
-  ASSIGN_OR_RETURN(GenerationRequest prepared,
-                   ToGenerationRequest(request, service_.engine().model().generation_defaults()));
+  ASSIGN_OR_RETURN(GenerationRequest prepared, ToGenerationRequest(request, service_.generation_defaults()));
   if (prepared.request_id.empty()) prepared.request_id = Metadata(context, "x-request-id");
   std::string fairness_id = Metadata(context, kFairnessHeaders[0]);
   if (fairness_id.empty()) fairness_id = Metadata(context, kFairnessHeaders[1]);

@@ -81,6 +81,7 @@ class GenerationHost {
   virtual Engine& engine() = 0;
   virtual const Tokenizer& tokenizer() const = 0;
   virtual const ServiceOptions& options() const = 0;
+  virtual const GenerationDefaults& generation_defaults() const = 0;
   virtual void Post(std::function<void()> work) = 0;
   virtual std::uint64_t NextSequenceId() = 0;
   virtual void Release(const LiveGeneration& generation) = 0;  // its request id is free again
@@ -295,7 +296,7 @@ class LiveGeneration : public Generation, public std::enable_shared_from_this<Li
     const ModelConfig& model = engine.model().config();
     SamplingParams sampling;
     if (!is_cancelled) {
-      ASSIGN_OR_RETURN(sampling, MakeSampling(request_, engine.model().generation_defaults(), model.vocab,
+      ASSIGN_OR_RETURN(sampling, MakeSampling(request_, host_.generation_defaults(), model.vocab,
                                               engine.options().max_model_len, prompt));
     }
     end_tokens_ = sampling.stop_token_ids;
@@ -443,6 +444,10 @@ class PooledService : public Service, private GenerationHost {
   Engine& engine() override { return engine_; }
   const Tokenizer& tokenizer() const override { return tokenizer_; }
   const ServiceOptions& options() const override { return options_; }
+  const GenerationDefaults& generation_defaults() const override {
+    static const GenerationDefaults kNone;
+    return options_.takes_generation_defaults ? engine_.model().generation_defaults() : kNone;
+  }
 
  private:
   std::uint64_t NextSequenceId() override { return next_sequence_.fetch_add(1, std::memory_order_relaxed); }

@@ -21,16 +21,17 @@
 namespace spillway {
 
 struct ServiceOptions {
-  std::vector<std::string> model_names;  // the served name and its aliases; the first is reported
-  int num_threads = 2;                   // tokenizing, detokenizing
-  int max_choices = 128;                 // n
-  bool cache_salt_by_tenant = false;     // prefix-cache entries are shared within a tenant only
+  std::vector<std::string> model_names;   // the served name and its aliases; the first is reported
+  int num_threads = 2;                    // tokenizing, detokenizing
+  int max_choices = 128;                  // n
+  bool takes_generation_defaults = true;  // those of the model's generation_config.json
+  bool cache_salt_by_tenant = false;      // prefix-cache entries are shared within a tenant only
   std::size_t max_prompt_bytes = 16U << 20U;
   // A client that lets this much text wait is too slow: its generation is cancelled.
   std::size_t max_pending_bytes = 4U << 20U;
 };
 
-// Unset fields take the model's generation defaults, then the protocol's.
+// Unset fields take the service's generation defaults, then the protocol's.
 struct GenerationRequest {
   std::string request_id;  // unique among live ones; empty: the Service makes one
   std::string model;       // empty: the served one
@@ -132,6 +133,7 @@ class Service {
   virtual Engine& engine() = 0;
   virtual const Tokenizer& tokenizer() const = 0;
   virtual const ServiceOptions& options() const = 0;
+  virtual const GenerationDefaults& generation_defaults() const = 0;  // of fields that a request leaves unset
 };
 
 }  // namespace spillway

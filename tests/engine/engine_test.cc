@@ -9,6 +9,7 @@
 #include "gtest/gtest.h"
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/engine_harness.h"
+#include "tests/support/temp_folder.h"
 
 namespace spillway {
 namespace {
@@ -162,6 +163,19 @@ TEST(Engine, StopTokensEosAndMinTokens) {
   const Collected beyond = rig.RunOne(later);
   EXPECT_GE(beyond.tokens.size(), 6U);
   for (std::size_t i = 0; i < 6; ++i) EXPECT_NE(beyond.tokens[i].token, third) << "banned before min_tokens";
+}
+
+TEST(Engine, EosOfTheGenerationConfigEndsASequence) {
+  const std::int32_t third = Rig::Make(Folder(), WithBlocks(16)).RunOne(MakeRequest({9, 8, 7}, 12)).tokens[2].token;
+  const TempFolder folder;
+  ASSERT_TRUE(WriteRandomLlama(folder.path(), {.seed = 3, .max_positions = 256}).ok());
+  folder.Write("generation_config.json", "{\"eos_token_id\": [" + std::to_string(third) + ", 1000000]}");
+  SequenceRequest request = MakeRequest({9, 8, 7}, 12);
+  request.sampling.ignore_eos = false;
+  const Collected ended = Rig::Make(folder.path(), WithBlocks(16)).RunOne(request);
+  EXPECT_EQ(ended.finish->reason, FinishReason::kStop);
+  EXPECT_TRUE(ended.finish->is_eos);
+  EXPECT_EQ(ended.tokens.back().token, third);
 }
 
 TEST(Engine, ChoicesShareThePromptAndDiffer) {

@@ -205,6 +205,18 @@ TEST_F(ServiceTest, UnsetFieldsTakeTheModelsDefaults) {
   EXPECT_NE(submitted[0].sampling.seed, submitted[1].sampling.seed);
 }
 
+TEST_F(ServiceTest, OrTheProtocolsAlone) {
+  engine_options_.defaults.temperature = 0.5F;
+  engine_options_.defaults.max_new_tokens = 3;
+  options_.takes_generation_defaults = false;
+  Make();
+  GenerationRequest request = Text("hi");
+  request.max_tokens.reset();
+  ASSERT_TRUE(Generate(request)->Await().ok());
+  EXPECT_EQ(engine_->submitted().at(0).sampling.temperature, 1);
+  EXPECT_GT(engine_->submitted().at(0).sampling.max_tokens, 3);
+}
+
 TEST_F(ServiceTest, ChoicesAreSubmittedTogether) {
   engine_options_.engine.max_num_seqs = 2;
   engine_options_.engine.max_queued_requests = 1;
