@@ -13,11 +13,12 @@
 namespace spillway {
 
 struct CalibrationOptions {
-  double budget_seconds = 0.15;      // a probe that would not end by then is left out; a first token is always computed
-  std::int32_t max_step_tokens = 0;  // that `runner` takes
-  std::int32_t max_model_len = 0;    // likewise
-  bool has_link = false;             // there is a host tier
-  LinkPacing pacing;                 // of the link
+  double budget_seconds =
+      0.15;  // after a first token, which is always computed; a probe that would not end by then is left out
+  std::int32_t max_step_tokens = 0;    // that `runner` takes
+  std::int32_t max_model_len = 0;      // likewise
+  bool has_link = false;               // there is a host tier
+  LinkPacing pacing;                   // of the link
   std::size_t span_bytes = 4U << 20U;  // the largest copy that is measured; one block at least
 };
 
