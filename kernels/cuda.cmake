@@ -55,6 +55,6 @@ set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENE
 set(cuda_dir ${CMAKE_CURRENT_LIST_DIR}/cuda)
 target_sources(spillway_kernels PRIVATE
   ${cuda_objects} ${cuda_dir}/blas.cc ${cuda_dir}/device.cc ${cuda_dir}/errors.cc ${cuda_dir}/kernels.cc
-  ${cuda_dir}/memory.cc ${cuda_dir}/stream.cc)
+  ${cuda_dir}/memory.cc ${cuda_dir}/stream.cc ${cuda_dir}/tensor_map.cc)
 target_include_directories(spillway_kernels SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
 target_link_libraries(spillway_kernels PRIVATE ${SPILLWAY_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)

@@ -18,10 +18,10 @@ inline constexpr unsigned kAllLanes = 0xffffffffU;
 
 #ifndef SPILLWAY_CUDA_EMULATION
 
-// The block's dynamic shared memory, 16-byte aligned.
+// The block's dynamic shared memory, 1024-byte aligned.
 __device__ __forceinline__ std::byte* DynamicShared() {
-  extern __shared__ uint4 dynamic_shared[];
-  return reinterpret_cast<std::byte*>(dynamic_shared);
+  extern __shared__ __align__(1024) std::byte dynamic_shared[];
+  return dynamic_shared;
 }
 
 // Four 8x8 matrices of 16-bit elements. Lane l gives the address (16 bytes, aligned) of row l % 8 of matrix l / 8;

@@ -44,7 +44,7 @@ set_source_files_properties(${kernel_sources} PROPERTIES LANGUAGE CXX COMPILE_OP
   "-xc++;-include;${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.h;-Wno-unknown-pragmas;-Wno-unused-function;-Wno-pedantic")
 add_library(cuda_emulated OBJECT
   ${kernel_sources} ${cuda_dir}/blas.cc ${cuda_dir}/device.cc ${cuda_dir}/errors.cc ${cuda_dir}/kernels.cc
-  ${cuda_dir}/memory.cc ${cuda_dir}/stream.cc
+  ${cuda_dir}/memory.cc ${cuda_dir}/stream.cc ${cuda_dir}/tensor_map.cc
   ${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.cc ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_runtime.cc)
 target_include_directories(cuda_emulated SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
 target_link_libraries(cuda_emulated PRIVATE spillway_flags absl::status absl::statusor absl::strings)

@@ -2,6 +2,7 @@
 // place of libcudart. Everything is done when the call returns, or when a graph that recorded it is launched; device
 // memory is host memory, poisoned when allocated. What a recording must not do fails as it does on a GPU.
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -33,6 +34,10 @@ struct CUgraphExec_st {
 namespace spillway::emulation {
 
 void AllowShared(const void* kernel, std::size_t size_bytes);
+CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,
+                     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
+                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                     CUtensorMapFloatOOBfill fill);
 
 cudaError_t Queue(cudaStream_t stream, std::function<cudaError_t()> work) {
   if (stream->recording == nullptr) return work();
@@ -226,6 +231,13 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     spillway::emulation::AllowShared(function, static_cast<std::size_t>(value));
   }
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned /*version*/,
+                                             unsigned long long /*flags*/, cudaDriverEntryPointQueryResult* result) {
+  const bool is_known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = is_known ? reinterpret_cast<void*>(&spillway::emulation::EncodeTiled) : nullptr;
+  *result = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, const void* /*function*/,

@@ -40,11 +40,18 @@ namespace {
 
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 constexpr std::size_t kMaxSharedBytes = std::size_t{227} << 10;
+constexpr std::size_t kSharedAlignment = 1024;
 constexpr std::size_t kFreeSharedBytes = std::size_t{48} << 10;
 
 struct PendingCopy {
   std::byte* to;
   const std::byte* from;  // null: zeros
+};
+
+// By the copy engine, in pieces of 16 bytes.
+struct BulkCopy {
+  Barrier* barrier;
+  std::vector<PendingCopy> pieces;
 };
 
 struct Fiber {
@@ -68,6 +75,7 @@ struct Machine {
   std::mutex launch;  // one grid at a time
   std::vector<Fiber> fibers;
   std::deque<Gathering> gatherings;  // stable addresses; reused once everyone has left
+  std::deque<BulkCopy> bulk_copies;  // that nothing has waited for yet
   std::vector<std::byte> shared;
   std::map<const void*, std::size_t> allowed_shared;
   void* scheduler = nullptr;
@@ -131,6 +139,7 @@ void RunBlock(unsigned num_threads) {
     seen = machine.progress;
     SPILLWAY_CHECK(idle_rounds < 4) << "threads wait for each other: a divergent barrier or warp operation";
   }
+  SPILLWAY_CHECK(machine.bulk_copies.empty()) << "a block ended before its copies";
 }
 
 }  // namespace
@@ -147,7 +156,7 @@ cudaError_t RunGrid(const void* kernel, unsigned num_ctas, unsigned num_threads,
   machine.is_lazy = machine.num_launches % 4 < 2;
   machine.thread = &thread;
   machine.num_threads = num_threads;
-  machine.shared.resize(shared_bytes + 16);
+  machine.shared.resize(shared_bytes + kSharedAlignment);
   if (machine.fibers.size() < num_threads) machine.fibers.resize(num_threads);
   place.block_size = dim3(num_threads);
   place.grid_size = dim3(num_ctas);
@@ -165,7 +174,7 @@ void AllowShared(const void* kernel, std::size_t size_bytes) {
 
 std::byte* SharedMemory() {
   const auto address = reinterpret_cast<std::uintptr_t>(machine.shared.data());
-  return machine.shared.data() + ((address + 15) / 16 * 16 - address);
+  return machine.shared.data() + ((address + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment - address);
 }
 
 unsigned Lane() { return machine.current % 32; }
@@ -270,6 +279,125 @@ void AwaitCopies(int pending) {
     Perform(fiber.copies.front().second);
     fiber.copies.pop_front();
   }
+}
+
+namespace {
+
+constexpr int kRank = 4;
+// What EncodeTiled writes.
+struct Map {
+  const std::byte* address;
+  cuuint64_t strides[kRank];  // bytes
+  cuuint32_t box[kRank];
+  cuuint32_t dims[kRank];
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+void EndPhaseIfOver(Barrier& barrier) {
+  if (barrier.missing_arrivals > 0 || barrier.missing_bytes != 0) return;
+  barrier.missing_arrivals = barrier.num_arrivals;
+  barrier.parity ^= 1U;
+  ++machine.progress;
+}
+
+void Perform(const BulkCopy& copy) {
+  for (const PendingCopy& piece : copy.pieces) Perform(piece);
+  copy.barrier->missing_bytes -= static_cast<int>(copy.pieces.size() * 16);
+  EndPhaseIfOver(*copy.barrier);
+}
+
+void Queue(BulkCopy copy) {
+  SPILLWAY_CHECK(copy.barrier->is_set_up == 1) << "a copy that tells a barrier which is not set up";
+  if (machine.is_lazy) {
+    machine.bulk_copies.push_back(std::move(copy));
+  } else {
+    Perform(copy);
+  }
+}
+
+}  // namespace
+
+void InitBarrier(Barrier& barrier, int num_arrivals) {
+  const auto number = static_cast<std::uint8_t>(num_arrivals);
+  barrier = {0, number, number, 0, 1};
+}
+
+void Arrive(Barrier& barrier, int num_bytes) {
+  SPILLWAY_CHECK(barrier.is_set_up == 1 && barrier.missing_arrivals > 0) << "one arrival too many";
+  barrier.missing_bytes += num_bytes;
+  --barrier.missing_arrivals;
+  ++machine.progress;
+  EndPhaseIfOver(barrier);
+}
+
+void AwaitPhase(Barrier& barrier, int parity) {
+  SPILLWAY_CHECK(barrier.is_set_up == 1) << "a barrier that is not set up";
+  while (barrier.parity == parity) {
+    // The last that was queued comes first: copies have no order.
+    const auto is_awaited = [&](const BulkCopy& copy) { return copy.barrier == &barrier; };
+    const auto last = std::find_if(machine.bulk_copies.rbegin(), machine.bulk_copies.rend(), is_awaited);
+    if (last == machine.bulk_copies.rend()) {
+      Yield();
+      continue;
+    }
+    const BulkCopy copy = std::move(*last);
+    machine.bulk_copies.erase(std::next(last).base());
+    Perform(copy);
+  }
+}
+
+void CopyBulk(std::byte* to, const std::byte* from, int num_bytes, Barrier& barrier) {
+  SPILLWAY_CHECK(reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && reinterpret_cast<std::uintptr_t>(from) % 16 == 0 &&
+                 num_bytes % 16 == 0)
+      << "a misaligned bulk copy";
+  BulkCopy copy = {&barrier, {}};
+  for (int i = 0; i < num_bytes; i += 16) copy.pieces.push_back({to + i, from + i});
+  Queue(std::move(copy));
+}
+
+void CopyBox(std::byte* to, const CUtensorMap& map, const int (&at)[4], Barrier& barrier) {
+  Map encoded;
+  std::memcpy(&encoded, &map, sizeof(encoded));
+  SPILLWAY_CHECK(reinterpret_cast<std::uintptr_t>(to) % kSharedAlignment == 0) << "a misaligned box";
+  BulkCopy copy = {&barrier, {}};
+  const std::size_t num_rows = std::size_t{encoded.box[1]} * encoded.box[2] * encoded.box[3];
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    const std::size_t index[kRank] = {0, row % encoded.box[1], row / encoded.box[1] % encoded.box[2],
+                                      row / encoded.box[1] / encoded.box[2]};
+    bool is_inside = true;
+    const std::byte* from = encoded.address + static_cast<std::size_t>(at[0]) * encoded.strides[0];
+    for (int d = 1; d < kRank; ++d) {
+      const std::size_t coordinate = index[d] + static_cast<std::size_t>(at[d]);
+      is_inside = is_inside && coordinate < encoded.dims[d];
+      from += coordinate * encoded.strides[d];
+    }
+    for (std::size_t piece = 0; piece < 8; ++piece) {
+      copy.pieces.push_back({to + row * 128 + (piece ^ (row & 7)) * 16, is_inside ? from + piece * 16 : nullptr});
+    }
+  }
+  Queue(std::move(copy));
+}
+
+CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,
+                     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
+                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion /*promotion*/,
+                     CUtensorMapFloatOOBfill /*fill*/) {
+  if (rank != kRank || type != CU_TENSOR_MAP_DATA_TYPE_UINT16 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+      swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] != 64 || reinterpret_cast<std::uintptr_t>(address) % 16 != 0) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  Map encoded = {static_cast<const std::byte*>(address), {2}, {}, {}};
+  for (int d = 0; d < kRank; ++d) {
+    if (d > 0) encoded.strides[d] = strides[d - 1];
+    if (dims[d] == 0 || box[d] == 0 || box[d] > 256 || steps[d] != 1 || (d > 0 && encoded.strides[d] % 16 != 0)) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    encoded.box[d] = box[d];
+    encoded.dims[d] = static_cast<cuuint32_t>(dims[d]);
+  }
+  *map = {};
+  std::memcpy(map, &encoded, sizeof(encoded));
+  return CUDA_SUCCESS;
 }
 
 }  // namespace spillway::emulation

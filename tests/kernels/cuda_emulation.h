@@ -7,6 +7,7 @@
 // their asynchronous copies at the earliest and at the latest moment in turn. Not emulated: timing, caches, memory
 // order.
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -25,12 +26,14 @@
 #undef __shared__
 #undef __launch_bounds__
 #undef __forceinline__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __shared__ static  // one block at a time
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __grid_constant__
 
 namespace spillway::emulation {
 
@@ -74,6 +77,26 @@ unsigned Lane();
 void CopyAsync(std::byte* to, const std::byte* from, bool is_valid);
 void CommitCopies();
 void AwaitCopies(int pending);
+
+// A barrier in shared memory (kernels/cuda/bulk_copy.cuh).
+struct Barrier {
+  std::int32_t missing_bytes;  // announced and not come; negative: come and not announced yet
+  std::uint8_t num_arrivals;
+  std::uint8_t missing_arrivals;
+  std::uint8_t parity;  // of the phase that goes on
+  std::uint8_t is_set_up;
+};
+static_assert(sizeof(Barrier) == 8);
+void InitBarrier(Barrier& barrier, int num_arrivals);
+void Arrive(Barrier& barrier, int num_bytes);
+void AwaitPhase(Barrier& barrier, int parity);
+void CopyBulk(std::byte* to, const std::byte* from, int num_bytes, Barrier& barrier);
+void CopyBox(std::byte* to, const CUtensorMap& map, const int (&at)[4], Barrier& barrier);
+// In place of cuTensorMapEncodeTiled: 4 dimensions, swizzled by 128 bytes.
+CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,
+                     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
+                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                     CUtensorMapFloatOOBfill fill);
 
 }  // namespace spillway::emulation
 
@@ -214,6 +237,18 @@ inline void CommitCopies() { emulation::CommitCopies(); }
 template <int kPending>
 void AwaitCopies() {
   emulation::AwaitCopies(kPending);
+}
+
+// The functions of kernels/cuda/bulk_copy.cuh.
+using emulation::AwaitPhase;
+using emulation::Barrier;
+using emulation::CopyBulk;
+using emulation::InitBarrier;
+inline void Arrive(Barrier& barrier) { emulation::Arrive(barrier, 0); }
+inline void ArriveExpecting(Barrier& barrier, int num_bytes) { emulation::Arrive(barrier, num_bytes); }
+inline void FenceShared() {}
+inline void CopyBox(std::byte* to, const CUtensorMap& map, int strip, int column, Barrier& barrier) {
+  emulation::CopyBox(to, map, {0, 0, column, strip}, barrier);
 }
 inline uint4 LoadOnce(const std::byte* from) { return *reinterpret_cast<const uint4*>(from); }
 
