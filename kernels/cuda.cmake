@@ -35,7 +35,7 @@ foreach(architecture IN LISTS SPILLWAY_CUDA_ARCHITECTURES)
 endforeach()
 
 set(cuda_objects)
-foreach(name IN ITEMS attention_merge attention_plain attention_tensor gather gemm_plain row_kernels sample)
+foreach(name IN ITEMS attention_decode attention_merge attention_plain attention_tensor gather gemm_plain row_kernels sample)
   set(source ${CMAKE_CURRENT_LIST_DIR}/cuda/${name}.cu)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.o)
   add_custom_command(

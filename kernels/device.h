@@ -126,7 +126,7 @@ struct CudaDeviceOptions {
   // "auto" (SPILLWAY_CUBLASLT, the loader's places, the toolkit), a path to libcublasLt, or "none": our own slow GEMM.
   std::string cublaslt = "auto";
   // Partial states of long sequences, per stream that runs attention, outside the slab. Less only costs speed.
-  std::size_t attention_workspace_bytes = std::size_t{64} << 20;
+  std::size_t attention_workspace_bytes = std::size_t{128} << 20;
 };
 
 // UNAVAILABLE: no CUDA device, or no driver. UNIMPLEMENTED: built without CUDA; names the option that builds it.

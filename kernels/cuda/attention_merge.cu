@@ -19,6 +19,14 @@ struct Chunk {
   float2 max_sum;
 };
 
+// Whether several CTAs computed the segments of the item that the row is of.
+__device__ bool IsSplit(const TokenPlan& plan, int kv_head, int row) {
+  if (plan.num_segments == 0 || plan.units_per_cta == 0) return plan.num_segments > 0;
+  const int item = kv_head * CeilDiv(plan.num_rows, kDecodeRows) + row / kDecodeRows;
+  const int first_unit = plan.unit_base + item * plan.num_segments;
+  return first_unit / plan.units_per_cta != (first_unit + plan.num_segments - 1) / plan.units_per_cta;
+}
+
 // The states of one token row and head, `stride` states from segment to segment.
 struct RowStates {
   const float* out;
@@ -61,13 +69,15 @@ template <MergeExponential kExponential, bool kIsDeep>
 __global__ void __launch_bounds__(kMaxThreads, kIsDeep ? 2 : 3) MergeKernel(AttentionParams params) {
   const auto token_row = static_cast<int>(blockIdx.x) / params.num_heads;
   const auto head = static_cast<int>(blockIdx.x) % params.num_heads;
+  const int group = params.num_heads / params.kv.num_kv_heads;
+  const int kv_head = head / group;
+  AwaitPrimary();
   // Rows of none of the call's sequences: their plans are another call's.
   if (token_row < params.query_begin[0] || token_row >= params.query_begin[params.num_sequences]) return;
   const TokenPlan plan = params.plan[token_row];
-  if (plan.num_segments == 0) return;
-  const int group = params.num_heads / params.kv.num_kv_heads;
-  const int kv_head = head / group;
-  const RowStates states(params, plan, kv_head, plan.token * group + head % group);
+  const int row = plan.token * group + head % group;
+  if (!IsSplit(plan, kv_head, row)) return;
+  const RowStates states(params, plan, kv_head, row);
   const auto lane = static_cast<int>(threadIdx.x % 32);
   const int dim = params.kv.head_dim;
   const std::int64_t index = std::int64_t{token_row} * params.num_heads + head;
@@ -142,7 +152,9 @@ cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential
   const auto num_threads = static_cast<unsigned>(MinOf(kMaxThreads, CeilDiv(params.kv.head_dim, 32) * 32));
   const auto launch = [&](auto* deep, auto* shallow) {
     const bool is_deep = num_ctas <= 2 * static_cast<unsigned>(params.num_multiprocessors);
-    return Launch(is_deep ? deep : shallow, num_ctas, num_threads, 0, stream, params);
+    auto* const kernel = is_deep ? deep : shallow;
+    return params.has_copy_engine ? LaunchDependent(kernel, num_ctas, num_threads, 0, stream, params)
+                                  : Launch(kernel, num_ctas, num_threads, 0, stream, params);
   };
   return exponential == MergeExponential::kHardware
              ? launch(MergeKernel<MergeExponential::kHardware, true>, MergeKernel<MergeExponential::kHardware, false>)

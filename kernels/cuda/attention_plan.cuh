@@ -19,6 +19,7 @@ namespace spillway::cuda {
 
 inline constexpr int kSegmentPositions = 256;  // kSegmentTokens of kernels/kernels.h
 inline constexpr int kMaxRowsPerSequence = 0x7fffffff;
+inline constexpr int kDecodeRows = 16;  // rows_per_tile of the decoding kernel
 
 // The sequences that one launch handles are those with min_rows <= query rows <= max_rows.
 struct WorkRange {
@@ -172,15 +173,24 @@ struct RowSpan {
   }
 };
 
-// Tells the merge about the tokens of an item; every item of a token writes the same.
-__device__ inline void WritePlan(const AttentionParams& params, const RowSpan& rows, const AttentionItem& item) {
+// Tells the merge about the tokens of an item, whose number in the sequence is filled in; every item of a token writes
+// the same.
+__device__ inline void WritePlan(const AttentionParams& params, const RowSpan& rows, TokenPlan plan) {
   const int begin = rows.row_begin / rows.group;
   const int end = (rows.row_end - 1) / rows.group + 1;
   for (int token = begin + static_cast<int>(threadIdx.x); token < end; token += static_cast<int>(blockDim.x)) {
-    params.plan[rows.first_token + token] = {static_cast<std::int32_t>(item.work.state_base),
-                                             item.work.is_split ? item.work.num_segments : 0, item.work.num_rows,
-                                             token};
+    plan.token = token;
+    params.plan[rows.first_token + token] = plan;
   }
+}
+__device__ inline void WritePlan(const AttentionParams& params, const RowSpan& rows, const AttentionItem& item) {
+  WritePlan(params, rows,
+            {.state_base = static_cast<std::int32_t>(item.work.state_base),
+             .num_segments = item.work.is_split ? item.work.num_segments : 0,
+             .num_rows = item.work.num_rows,
+             .token = 0,
+             .unit_base = 0,
+             .units_per_cta = 0});
 }
 
 }  // namespace spillway::cuda

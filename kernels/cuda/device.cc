@@ -23,7 +23,7 @@ namespace {
 
 // What a utilization leaves alone: the CUDA context grows as kernels load, and streams take workspaces outside the
 // slab.
-constexpr std::size_t kHeadroomBytes = std::size_t{256} << 20;
+constexpr std::size_t kHeadroomBytes = std::size_t{320} << 20;
 constexpr int kLowestMajor = 8;  // cp.async, bf16 mma, redux
 
 class CudaDevice final : public Device {
@@ -115,6 +115,7 @@ absl::StatusOr<std::unique_ptr<Device>> Make(const CudaDeviceOptions& options) {
   CudaKernelsOptions kernels_options;
   kernels_options.device = options.index;
   kernels_options.num_multiprocessors = properties.multiProcessorCount;
+  RETURN_IF_ERROR(ToStatus(FindCopyEngine(&kernels_options.has_copy_engine), "asking what the kernels are built for"));
   kernels_options.attention_workspace_bytes = options.attention_workspace_bytes;
   std::string gemm = "own-gemm";
   if (options.cublaslt != "none") {

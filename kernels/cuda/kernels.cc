@@ -219,7 +219,8 @@ class CudaKernels final : public Kernels {
                               .state_out = reinterpret_cast<float*>(states + capacity * sizeof(float2)),
                               .state_max_sum = reinterpret_cast<float2*>(states),
                               .plan = reinterpret_cast<TokenPlan*>(workspace),
-                              .num_multiprocessors = options_.num_multiprocessors},
+                              .num_multiprocessors = options_.num_multiprocessors,
+                              .has_copy_engine = options_.has_copy_engine},
                              handle);
     });
   }

@@ -14,6 +14,7 @@ namespace spillway::cuda {
 struct CudaKernelsOptions {
   int device = 0;
   int num_multiprocessors = 0;
+  bool has_copy_engine = false;               // as FindCopyEngine of launch.h has it
   std::size_t attention_workspace_bytes = 0;  // per stream that runs attention
   std::unique_ptr<Blas> blas;                 // null: our own GEMM
 };

@@ -115,11 +115,14 @@ struct SiluMulParams {
 cudaError_t LaunchSiluMul(const SiluMulParams& params, cudaStream_t stream);
 
 // What the merging kernel needs to know of one token row; written by the kernels that attend.
-struct TokenPlan {
+struct alignas(16) TokenPlan {
   std::int32_t state_base;    // first state of the sequence
-  std::int32_t num_segments;  // 0: the row is finished
+  std::int32_t num_segments;  // of every item; 0: the row is finished
   std::int32_t num_rows;      // query rows of the sequence per kv head
   std::int32_t token;         // within the sequence
+  // Where items are split only if their units fall into several runs (attention_runs.cuh); 0, 0: all of them are.
+  std::int32_t unit_base;  // first unit of the sequence
+  std::int32_t units_per_cta;
 };
 
 inline constexpr std::int32_t kNoWindow = 1 << 30;
@@ -154,12 +157,17 @@ struct AttentionParams {
   float2* state_max_sum;        // [state_capacity] (max, sum)
   TokenPlan* plan;              // [num_tokens]
   int num_multiprocessors;
+  bool has_copy_engine;  // as FindCopyEngine has it
 };
-// Queues the kernel for head_dim 64 and 128 on tensor cores where q and KV are BF16 or F16, the plain one otherwise,
+// Whether this thread's device runs our code for compute capability 9.0 or newer, and has the shared memory for it.
+cudaError_t FindCopyEngine(bool* has_copy_engine);
+// Queues the kernels for head_dim 64 and 128 on tensor cores where q and KV are BF16 or F16, the plain one otherwise,
 // and the merge.
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 // The parts of the above.
 bool TensorAttentionFits(const AttentionParams& params);
+// Of the sequences with max_rows query rows at most.
+cudaError_t LaunchDecodeAttention(const AttentionParams& params, int max_rows, cudaStream_t stream);
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream);
 cudaError_t LaunchPlainAttention(const AttentionParams& params, cudaStream_t stream);
 enum class MergeExponential : std::uint8_t { kHardware, kPolynomial };

@@ -21,8 +21,10 @@ namespace spillway {
 
 #ifdef SPILLWAY_CUDA_EMULATED
 namespace emulation {
-void HoldCallbacks(bool holds);  // cuda_emulated_runtime.cc
-}
+// cuda_emulated_runtime.cc
+void HoldCallbacks(bool holds);
+void SetPtxVersion(int version);
+}  // namespace emulation
 #endif
 
 namespace {
@@ -521,9 +523,20 @@ class DecodeProblem {
   DecodeProblem(const DecodeProblem&) = delete;
   DecodeProblem& operator=(const DecodeProblem&) = delete;
 
-  std::vector<float> Run(Device& device) const {
-    const Array out(DType::kF32, q_.size());
+  std::vector<float> Run(Device& device) const { return Run(device, args_); }
+  std::vector<float> RunWithBias(Device& device) const {
+    const auto stride = static_cast<std::int64_t>(args_.kv.layout.num_kv_heads) * kBlockTokens;
+    std::vector<float> bias(block_table_.size() * static_cast<std::size_t>(stride));
+    for (std::size_t i = 0; i < bias.size(); ++i) bias[i] = static_cast<float>(i % 13) / 4;
     AttentionArgs args = args_;
+    args.row_bias = bias.data();
+    args.row_bias_stride = stride;
+    return Run(device, args);
+  }
+
+ private:
+  std::vector<float> Run(Device& device, AttentionArgs args) const {
+    const Array out(DType::kF32, q_.size());
     args.out = out.data();
     const auto stream = device.NewStream().value();
     HostFacingKernels(device).Attention(*stream, args);
@@ -531,7 +544,6 @@ class DecodeProblem {
     return out.Values();
   }
 
- private:
   std::vector<std::int32_t> query_begin_ = {0};
   std::vector<std::int32_t> first_position_;
   std::vector<std::int32_t> block_begin_ = {0};
@@ -560,6 +572,22 @@ TEST(CudaAttentionTest, BitsDoNotDependOnTheWorkspace) {
     ExpectSameBits(problem.Run(*small_device), problem.Run(*device), std::to_string(num_heads) + " heads, long");
   }
 }
+
+#ifdef SPILLWAY_CUDA_EMULATED
+TEST(CudaAttentionTest, BitsDoNotDependOnTheCopyEngine) {
+  SPILLWAY_CUDA_OR_SKIP(device, CudaTestOptions());
+  emulation::SetPtxVersion(80);
+  SPILLWAY_CUDA_OR_SKIP(older_device, CudaTestOptions());
+  emulation::SetPtxVersion(90);
+  Random random(6);
+  for (const int head_dim : {64, 128}) {
+    const DecodeProblem problem({1, 2, head_dim, DType::kF16}, 6, {1000, 1, 257, 600}, random);
+    const std::string what = "head_dim " + std::to_string(head_dim);
+    ExpectSameBits(problem.Run(*older_device), problem.Run(*device), what);
+    ExpectSameBits(problem.RunWithBias(*older_device), problem.RunWithBias(*device), what + ", with a bias");
+  }
+}
+#endif
 
 // A sequence beyond the device's memory: its head is read from pinned host memory in place.
 TEST(CudaAttentionTest, PassesOverHostAndDeviceMemoryEqualOneCall) {

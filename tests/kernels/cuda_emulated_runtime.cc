@@ -47,6 +47,7 @@ cudaError_t Queue(cudaStream_t stream, std::function<cudaError_t()> work) {
 }
 
 void HoldCallbacks(bool holds);
+void SetPtxVersion(int version);
 
 }  // namespace spillway::emulation
 
@@ -56,7 +57,9 @@ std::vector<std::function<void()>> held_callbacks;
 bool holds_callbacks = false;
 
 constexpr std::size_t kTotalBytes = std::size_t{4} << 30;
+constexpr int kSharedBytesPerMultiprocessor = 228 << 10;
 int num_recordings = 0;
+int ptx_version = 90;
 
 cudaError_t Allocate(void** memory, std::size_t size_bytes) {
   if (num_recordings > 0) return cudaErrorStreamCaptureUnsupported;
@@ -74,6 +77,8 @@ void spillway::emulation::HoldCallbacks(bool holds) {
   if (holds) return;
   for (const auto& callback : std::exchange(held_callbacks, {})) callback();
 }
+
+void spillway::emulation::SetPtxVersion(int version) { ptx_version = version; }
 
 extern "C" {
 
@@ -231,6 +236,20 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     spillway::emulation::AllowShared(function, static_cast<std::size_t>(value));
   }
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerMultiprocessor) return cudaErrorInvalidValue;
+  *value = kSharedBytesPerMultiprocessor;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* /*function*/) {
+  *attributes = {};
+  attributes->ptxVersion = ptx_version;
   return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned /*version*/,

@@ -260,5 +260,13 @@ cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_th
                               [&] { kernel(static_cast<Params>(args)...); });
   });
 }
+// Kernels run one after the other.
+inline void AllowDependents() {}
+inline void AwaitPrimary() {}
+template <typename... Params, typename... Args>
+cudaError_t LaunchDependent(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads,
+                            std::size_t shared_bytes, cudaStream_t stream, Args... args) {
+  return Launch(kernel, num_ctas, num_threads, shared_bytes, stream, args...);
+}
 
 }  // namespace spillway::cuda
