@@ -8,9 +8,9 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
-#include <array>
 
 #include "kernels/cpu/attention_block.h"
+#include "kernels/cpu/attention_decode.h"
 #include "kernels/cpu/attention_memory.h"
 #include "kernels/cpu/attention_pack.h"
 #include "kernels/cpu/attention_softmax.h"
@@ -24,13 +24,6 @@ namespace {
 // Tokens whose values are packed before they are multiplied, where rows are few.
 constexpr std::int64_t kValuesPerPiece = 64;
 static_assert(kBlockTokens == kTileColumns && kRowsPerBlock % kTileRows == 0 && kGroupKeys == kTileDepth);
-
-// The right-hand tile of the sums of weights.
-alignas(64) constexpr auto kOnes = [] {
-  std::array<std::uint16_t, kTileBytes / 2> ones{};
-  ones.fill(0x3f80);
-  return ones;
-}();
 
 class TileRun {
  public:
@@ -50,7 +43,6 @@ class TileRun {
   void Run() {
     const AttentionTile& tile = rows_.tile();
     packer_.CopyQueries(memory_.queries);
-    if (has_few_rows()) packer_.PackQueries(memory_.queries, memory_.keys);
     if (tile.segment_states == nullptr) states_.Begin();
     for (std::int64_t begin = tile.key_begin; begin < tile.key_end; begin += kSegmentTokens) {
       const std::int64_t end = std::min<std::int64_t>(begin + kSegmentTokens, tile.key_end);
@@ -71,23 +63,14 @@ class TileRun {
   }
 
  private:
-  // Then keys are the left matrix of their products with queries, as they lie in memory, and scores are transposed
-  // instead. The bits are the same: products commute.
-  bool has_few_rows() const { return tiles_.reads_rows_in_place && rows_.size() <= kTileRows && dim_ == padded_dim_; }
-
   // All rows that see keys of the segment are one block: packed and multiplied piece by piece, so that what is packed
   // stays in the nearest cache.
   void RunOneBlock(std::int64_t begin, std::int64_t end, std::int64_t first_row) {
-    RowBlock block = MakeRowBlock(rows_, begin, end, has_few_rows() ? 0 : first_row);
-    if (has_few_rows()) {
-      MultiplyKeysInPlace(begin, end);
-      for (std::int64_t group = 0; group < block.num_groups; ++group) AddRowBias(begin, end, group, block.size());
-    } else {
-      for (std::int64_t group = 0; group < block.num_groups; ++group) {
-        const std::int64_t at = begin + group * kGroupKeys;
-        packer_.PackKeys(at, std::min(at + kGroupKeys, end), memory_.keys);
-        MultiplyKeys(begin, end, group, memory_.keys, block);
-      }
+    RowBlock block = MakeRowBlock(rows_, begin, end, first_row);
+    for (std::int64_t group = 0; group < block.num_groups; ++group) {
+      const std::int64_t at = begin + group * kGroupKeys;
+      packer_.PackKeys(at, std::min(at + kGroupKeys, end), memory_.keys);
+      MultiplyKeys(begin, end, group, memory_.keys, block);
     }
     FindMaxes(block, 0);
     FindMaxes(block, kTileRows);
@@ -132,32 +115,6 @@ class TileRun {
   }
 
   float* ScoresOf(std::int64_t group) const { return memory_.scores + group * kGroupScores; }
-
-  // Scores of all rows, few, for the keys of [begin, end), a segment.
-  SPILLWAY_AVX512_BF16 void MultiplyKeysInPlace(std::int64_t begin, std::int64_t end) {
-    float* const turned = memory_.outs;  // [key][row]
-    for (std::int64_t at = begin; at < end; at += kBlockTokens) {
-      const std::int64_t block = at / kBlockTokens;
-      const auto* const strip = reinterpret_cast<const std::uint16_t*>(rows_.StripOf(block));
-      for (std::int64_t d = 0; d < depth_; ++d) fetcher_.Fetch(block, 16);
-      DeclareRead(strip, rows_.args().kv.layout.strip_bytes());
-      tiles_.multiply({.a = strip,
-                       .a_stride = 2 * dim_,
-                       .num_rows = kBlockTokens,
-                       .b = memory_.keys,
-                       .b_depth_stride = kTileBytes,
-                       .num_columns = 1,
-                       .depth = depth_,
-                       .c = turned,
-                       .c_stride = kTileColumns});
-      float* const scores = ScoresOf((at - begin) / kGroupKeys) + (at - begin) % kGroupKeys;
-      for (int quarter = 0; 4 * quarter < rows_.size(); ++quarter) {
-        const Quarter q = TransposeQuarter(reinterpret_cast<const std::uint16_t*>(turned), 2 * kTileColumns, quarter);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(scores + (4 * quarter + i) * kGroupKeys, q.columns[i]);
-      }
-    }
-  }
 
   // Scores of a block for a group of keys of the segment [begin, end), whose packed tiles are `keys`.
   void MultiplyKeys(std::int64_t begin, std::int64_t end, std::int64_t group, const std::byte* keys,
@@ -296,9 +253,19 @@ void Merge(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratc
   TileRun(kTiles, args, tile, scratch).Merge();
 }
 
+void AttendAmx(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratch) {
+  if (IsDecode(args, tile)) {
+    AttendDecode(args, tile, scratch);
+    return;
+  }
+  AttentionTile one = tile;
+  one.num_heads = 1;
+  for (int h = 0; h < tile.num_heads; ++h, ++one.kv_head) Attend<kAmxTiles>(args, one, scratch);
+}
+
 constexpr std::int64_t kRowsPerTile = 512;
-constexpr AttentionBodies kAvx512Bf16Bodies = {kRowsPerTile, Attend<kAvx512Bf16Tiles>, Merge<kAvx512Bf16Tiles>};
-constexpr AttentionBodies kAmxBodies = {kRowsPerTile, Attend<kAmxTiles>, Merge<kAmxTiles>};
+constexpr AttentionBodies kAvx512Bf16Bodies = {kRowsPerTile, 1, Attend<kAvx512Bf16Tiles>, Merge<kAvx512Bf16Tiles>};
+constexpr AttentionBodies kAmxBodies = {kRowsPerTile, kMostDecodeHeads, AttendAmx, Merge<kAmxTiles>};
 
 }  // namespace
 

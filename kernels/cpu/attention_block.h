@@ -15,6 +15,7 @@ namespace spillway::cpu {
 
 inline constexpr std::int64_t kRowsPerBlock = 32;
 inline constexpr std::int64_t kGroupKeys = 32;
+inline constexpr std::int64_t kGroupsPerSegment = kSegmentTokens / kGroupKeys;
 // Between groups, in elements. Not a power of two: a row's groups would meet in few lines of the nearest cache.
 inline constexpr std::int64_t kGroupScores = kRowsPerBlock * kGroupKeys + 32;
 inline constexpr std::int64_t kGroupWeights = kRowsPerBlock * kGroupKeys + 32;

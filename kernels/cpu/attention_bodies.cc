@@ -272,19 +272,9 @@ struct TileMemory {
 
   TileMemory(const TileRows& tile_rows, std::size_t dim, std::size_t padded_dim, Scratch& scratch) {
     const auto rows = static_cast<std::size_t>(tile_rows.size());
-    const auto line = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
-    const std::size_t sizes[] = {line(rows * dim * 4),          line(kStripsPerScore * dim * kGroup * 4),
-                                 line(kGroup * padded_dim * 4), line(rows * kSegmentTokens * 4),
-                                 line(rows * padded_dim * 4),   line(rows * sizeof(AttentionState)),
-                                 States::SizeBytes(tile_rows)};
-    std::size_t total = 0;
-    for (const std::size_t size : sizes) total += size;
-    std::byte* at = scratch.Get(total);
-    std::byte* parts[7];
-    for (std::size_t i = 0; i < 7; ++i) {
-      parts[i] = at;
-      at += sizes[i];
-    }
+    const auto parts = scratch.Split({rows * dim * 4, kStripsPerScore * dim * kGroup * 4, kGroup * padded_dim * 4,
+                                      rows * kSegmentTokens * 4, rows * padded_dim * 4, rows * sizeof(AttentionState),
+                                      States::SizeBytes(tile_rows)});
     q = reinterpret_cast<float*>(parts[0]);
     keys = reinterpret_cast<float*>(parts[1]);
     values = reinterpret_cast<float*>(parts[2]);
@@ -463,7 +453,7 @@ void Merge(const AttentionArgs& args, const AttentionTile& tile, Scratch& scratc
 }
 
 // The transposition of a strip is shared among the rows of a tile.
-constexpr AttentionBodies kAttentionBodies = {128, Attend, Merge};
+constexpr AttentionBodies kAttentionBodies = {128, 1, Attend, Merge};
 
 }  // namespace spillway::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

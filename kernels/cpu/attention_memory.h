@@ -14,8 +14,6 @@
 
 namespace spillway::cpu {
 
-inline constexpr std::int64_t kGroupsPerSegment = kSegmentTokens / kGroupKeys;
-
 // Working memory of one tile, carved from the worker's scratch. Rows of `queries` and of the block's arrays are padded:
 // any of them may be the first of a tile.
 struct TileMemory {
@@ -29,21 +27,11 @@ struct TileMemory {
 
   TileMemory(const TileRows& rows, std::int64_t padded_dim, Scratch& scratch) {
     const auto padded = static_cast<std::size_t>(padded_dim);
-    const std::size_t sizes[] = {static_cast<std::size_t>(rows.size() + kRowsPerBlock) * padded * 2,
-                                 kSegmentTokens * padded * 2,
-                                 kSegmentTokens * padded * 2,
-                                 kGroupsPerSegment * kGroupScores * 4,
-                                 (kGroupsPerSegment * kGroupWeights + kTileRows * kGroupKeys) * 2,
-                                 (kRowsPerBlock + kTileRows) * (padded + kTileColumns) * 4,
-                                 Bf16States::SizeBytes(rows)};
-    std::size_t total = 0;
-    for (const std::size_t size : sizes) total += size;
-    std::byte* at = scratch.Get(total);
-    std::byte* parts[7];
-    for (std::size_t i = 0; i < 7; ++i) {
-      parts[i] = at;
-      at += sizes[i];
-    }
+    const auto parts =
+        scratch.Split({static_cast<std::size_t>(rows.size() + kRowsPerBlock) * padded * 2, kSegmentTokens * padded * 2,
+                       kSegmentTokens * padded * 2, kGroupsPerSegment * kGroupScores * 4,
+                       (kGroupsPerSegment * kGroupWeights + kTileRows * kGroupKeys) * 2,
+                       (kRowsPerBlock + kTileRows) * (padded + kTileColumns) * 4, Bf16States::SizeBytes(rows)});
     queries = reinterpret_cast<std::uint16_t*>(parts[0]);
     keys = parts[1];
     values = parts[2];

@@ -10,10 +10,18 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
 namespace spillway::cpu {
+
+// The right-hand tile of the sums of weights.
+alignas(64) inline constexpr auto kOnes = [] {
+  std::array<std::uint16_t, kTileBytes / 2> ones{};
+  ones.fill(0x3f80);
+  return ones;
+}();
 
 class StripPacker {
  public:
@@ -33,19 +41,13 @@ class StripPacker {
     }
   }
 
-  // The first 16 of them, as CopyQueries left them: tiles [depth].
-  SPILLWAY_AVX512_BF16 void PackQueries(const std::uint16_t* queries, std::byte* to) const {
-    for (std::int64_t d = 0; d < padded_dim_; d += kTileDepth, to += kTileBytes) {
-      TransposeTile(queries + d, padded_dim_, to);
-    }
-  }
-
   // Keys of [begin, end): tiles [strip][depth].
   SPILLWAY_AVX512_BF16 void PackKeys(std::int64_t begin, std::int64_t end, std::byte* to) {
     for (std::int64_t block = begin / kBlockTokens; block * kBlockTokens < end; ++block) {
       const auto* const strip = reinterpret_cast<const std::uint16_t*>(rows_.StripOf(block));
+      fetcher_.Read(0, block);
       for (std::int64_t d = 0; d < dim_; d += kTileDepth, to += kTileBytes) {
-        fetcher_.Fetch(block, 16);
+        fetcher_.Fetch(16);
         if (d + kTileDepth <= dim_) {
           TransposeTile(strip + d, 2 * dim_, to);
           continue;
@@ -76,8 +78,9 @@ class StripPacker {
             reinterpret_cast<const std::uint16_t*>(rows_.StripOf(block)) + (position % kBlockTokens * 2 + 1) * dim_;
         const bool has_even = seen_from <= position && position < end;
         const bool has_odd = seen_from <= position + 1 && position + 1 < end;
+        fetcher_.Read(0, block);
         for (std::int64_t d = 0; d < padded_dim_; d += 32) {
-          fetcher_.Fetch(block, 2);
+          fetcher_.Fetch(2);
           const __m512i even = has_even ? LoadWords(values + d, dim_ - d) : _mm512_setzero_si512();
           const __m512i odd = has_odd ? LoadWords(values + d + 2 * dim_, dim_ - d) : _mm512_setzero_si512();
           std::byte* const pair = to + d / kTileColumns * kTileBytes + j * 32;

@@ -12,17 +12,18 @@
 
 namespace spillway::cpu {
 
-// Query rows of one item: tokens [token_begin, token_end) of sequence `sequence`, all heads of kv head `kv_head`; and
-// the keys that it reads of those that the rows see.
+// Query rows of one item: tokens [token_begin, token_end) of sequence `sequence`, all heads of a kv head; and the keys
+// that it reads of those that the rows see. The same of further kv heads where the body takes several.
 struct AttentionTile {
   std::int64_t sequence = 0;
-  int kv_head = 0;
+  int kv_head = 0;  // the first
+  int num_heads = 1;
   std::int64_t token_begin = 0;  // row of the step
   std::int64_t token_end = 0;
   std::int64_t key_begin = 0;  // a multiple of kSegmentTokens
   std::int64_t key_end = 0;
-  // Null: this item reads all keys of its rows and finishes them. Else it keeps the state of each of its segments here:
-  // [segment][row][StateStride()].
+  // Null: this item reads all keys of its rows and finishes them. Else it is of one kv head and keeps the state of each
+  // of its segments here: [segment][row][StateStride()].
   float* segment_states = nullptr;
   // What the same worker most likely attends next; may be null. And whether some tile named this one so.
   const AttentionTile* next = nullptr;
@@ -37,7 +38,7 @@ inline std::int64_t FirstKeyOf(const AttentionArgs& args, std::int64_t sequence)
   return args.pass == AttentionPass::kWhole ? 0 : args.key_begin[sequence];
 }
 
-// Query rows of a tile ascend in position: token by token, heads of the group within.
+// Query rows of a tile's first kv head; they ascend in position: token by token, heads of the group within.
 class TileRows {
  public:
   TileRows(const AttentionArgs& args, const AttentionTile& tile)
@@ -76,10 +77,11 @@ class TileRows {
     const std::int64_t head = tile_.kv_head * group_ + row % group_;
     return ((tile_.token_begin + row / group_) * args_.num_heads + head) * dim_;
   }
-  const std::byte* StripOf(std::int64_t block) const {
+  // Heads count from the tile's first.
+  const std::byte* StripOf(std::int64_t block, int head = 0) const {
     const KvLayout& layout = args_.kv.layout;
     return args_.kv.pool + static_cast<std::size_t>(blocks_[block - first_block_]) * layout.block_bytes() +
-           layout.strip_offset(args_.layer, tile_.kv_head);
+           layout.strip_offset(args_.layer, tile_.kv_head + head);
   }
   // Of the rows of a block; only where there is a bias.
   const float* RowBiasOf(std::int64_t block) const {

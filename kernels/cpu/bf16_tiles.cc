@@ -187,8 +187,8 @@ bool HasAmx() {
   return is_allowed;
 }
 
-const TileBodies kAvx512Bf16Tiles = {Nothing, MultiplyAvx512, Nothing, false};
-const TileBodies kAmxTiles = {BeginAmx, MultiplyAmx, EndAmx, true};
+const TileBodies kAvx512Bf16Tiles = {Nothing, MultiplyAvx512, Nothing};
+const TileBodies kAmxTiles = {BeginAmx, MultiplyAmx, EndAmx};
 
 }  // namespace spillway::cpu
 

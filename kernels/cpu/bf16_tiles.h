@@ -36,8 +36,7 @@ struct TileProduct {
 struct TileBodies {
   void (*begin)();  // before the first product on a thread, and
   void (*multiply)(const TileProduct&);
-  void (*end)();             // after the last one
-  bool reads_rows_in_place;  // 16 rows of `a` cost little more than one, wherever they lie
+  void (*end)();  // after the last one
 };
 
 // Whether this machine has the set and the system lets this process use it. Any thread.

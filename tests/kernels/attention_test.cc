@@ -253,6 +253,32 @@ TEST_P(AttentionTest, ChunksTokensNeighboursAndPlacesDoNotChangeBits) {
   }
 }
 
+// Where many sequences decode, several kv heads may be one item.
+TEST_P(AttentionTest, SequencesThatDecodeTogetherHaveTheBitsOfEachAlone) {
+  Random random(13);
+  for (const Heads heads : {Heads{6, 2, 64}, {5, 4, 32}, {2, 3, 96}, {3, 1, 24}}) {
+    if (is_slow() && heads.head_dim > 24) continue;
+    Pool pool(heads, dtype(), 2, 120, 14);
+    std::vector<Part> parts;
+    for (const int num_tokens : {1, 270, 16, 33, 100, 257, 512, 15, 48}) {
+      Part part;
+      part.blocks = pool.Add(random.Normals(RowsSize(pool, static_cast<std::size_t>(num_tokens))), 1);
+      part.first_position = num_tokens - 1;
+      part.q = random.Normals(static_cast<std::size_t>(heads.num_kv_heads * heads.group * heads.head_dim));
+      parts.push_back(part);
+    }
+    Rig alone(target(), 3);
+    std::vector<float> expected;
+    for (const Part& part : parts) {
+      const std::vector<float> one = RunAttention(alone, pool, heads.group, 1, dtype(), {part});
+      expected.insert(expected.end(), one.begin(), one.end());
+    }
+    Rig rig(target());
+    ExpectSameBits(RunAttention(rig, pool, heads.group, 1, dtype(), parts), expected,
+                   "head_dim " + std::to_string(heads.head_dim));
+  }
+}
+
 TEST_P(AttentionTest, RowsOfOtherSequencesAreLeftAlone) {
   Rig rig(target());
   Random random(8);
