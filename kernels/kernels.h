@@ -181,7 +181,7 @@ struct GateUpArgs {
   const std::byte* a = nullptr;  // as in GemmArgs
   DType a_dtype = DType::kF32;
   std::int64_t num_rows = 0;
-  const PackedMatrix* weight = nullptr;  // [2 * inner, hidden]: gate's rows, then up's
+  const PackedMatrix* weight = nullptr;  // [2 * inner, hidden]: packed of gate and up
   float* product = nullptr;              // [num_rows, 2 * inner], working memory
   std::byte* out = nullptr;              // [num_rows, inner] of out_dtype, apart from `a`
   DType out_dtype = DType::kF32;

@@ -58,11 +58,17 @@ struct Int8Sum {
   std::int32_t sum = 0;
 };
 
+// Finished sums: floats, or of INT8 integers.
+struct GemmSums {
+  const std::byte* data = nullptr;       // [rows, columns] of 32 bits
+  const float* column_scales = nullptr;  // of INT8
+};
+
 // Finished sums of some columns on their way to the output.
 struct GemmWrite {
-  const float* sums = nullptr;  // [num_rows, column_end - column_begin] at sums_stride
-  std::int64_t num_rows = 0;
-  std::int64_t sums_stride = 0;
+  GemmSums sums;
+  std::int64_t sums_stride = 0;        // elements between rows
+  const Int8Sum* int8_rows = nullptr;  // null: sums are floats
   const float* bias = nullptr;
   GemmOutput output = GemmOutput::kStore;
   float* out = nullptr;
@@ -71,27 +77,29 @@ struct GemmWrite {
   std::int64_t column_end = 0;
 };
 
-// Finished sums of a panel of gate and of its panel of up.
+// Finished sums of some columns of gate and of up.
 struct SiluMulWrite {
-  const float* gate = nullptr;  // [num_rows, 32]
-  const float* up = nullptr;
-  std::int64_t num_rows = 0;
-  std::byte* out = nullptr;  // at the panel's first column
+  GemmSums gate;
+  GemmSums up;
+  std::int64_t sums_stride = 0;        // elements between rows
+  const Int8Sum* int8_rows = nullptr;  // null: sums are floats
+  std::byte* out = nullptr;            // at the first column
   DType out_dtype = DType::kF32;
   std::int64_t out_stride = 0;  // elements between rows
+  std::int64_t columns = 0;     // whole vectors
 };
 
 struct GemmBodies {
   std::int64_t rows_per_block;  // at most
   void (*f32)(const GemmSlice&);
   void (*bf16)(const GemmSlice&);
-  void (*write_out)(const GemmWrite&);
-  void (*silu_mul)(const SiluMulWrite&);
+  // Of rows [begin, end) of what is written.
+  void (*write_out)(const GemmWrite&, std::int64_t begin, std::int64_t end);
+  void (*silu_mul)(const SiluMulWrite&, std::int64_t begin, std::int64_t end);
   DotBody int8;
-  // Rounds a row to INT8; returns its scale and the sum of its integers.
-  Int8Sum (*round_to_int8)(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out);
-  // Turns the sums of some rows x 32 columns into floats, in place.
-  void (*scale_int8)(std::byte* sums, std::span<const Int8Sum> rows, const float* column_scales);
+  // Rounds a row to INT8, in blocks of 64 at `block_stride`; returns its scale and the sum of its integers.
+  Int8Sum (*round_to_int8)(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out,
+                           std::int64_t block_stride);
 };
 
 const GemmBodies& GemmBodiesOf(Target target);

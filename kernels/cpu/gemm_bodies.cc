@@ -108,46 +108,75 @@ BlockOf<W> BlockOfRows(std::int64_t rows, std::integer_sequence<int, kRows...> /
   return kBlocks[rows - 1];
 }
 
-void WriteOut(const GemmWrite& write) {
+// How a row's finished sums become floats. Columns count from the first of the sums; rows are whole vectors long.
+struct FloatRow {
+  const float* sums;
+
+  FloatRow(const GemmSums& all, const Int8Sum* /*rows*/, std::int64_t m, std::int64_t stride)
+      : sums(reinterpret_cast<const float*>(all.data) + m * stride) {}
+  HWY_INLINE VF At(std::int64_t n) const { return hn::LoadU(F(), sums + n); }
+};
+struct Int8Row {
+  const std::int32_t* sums;
+  const float* column_scales;
+  const Int8Sum row;
+
+  Int8Row(const GemmSums& all, const Int8Sum* rows, std::int64_t m, std::int64_t stride)
+      : sums(reinterpret_cast<const std::int32_t*>(all.data) + m * stride),
+        column_scales(all.column_scales),
+        row(rows[m]) {}
+  HWY_INLINE VF At(std::int64_t n) const {
+    const I wide;
+    const VF exact = hn::ConvertTo(F(), hn::Sub(hn::LoadU(wide, sums + n), hn::Set(wide, 128 * row.sum)));
+    return hn::Mul(hn::Mul(exact, hn::Set(F(), row.scale)), hn::LoadU(F(), column_scales + n));
+  }
+};
+
+template <typename Row>
+void WriteRows(const GemmWrite& write, std::int64_t begin, std::int64_t end) {
   const auto finish = [&](VF sum, VF bias, VF before) {
     if (write.bias != nullptr) sum = hn::Add(sum, bias);
     return write.output == GemmOutput::kAdd ? hn::Add(before, sum) : sum;
   };
-  for (std::int64_t m = 0; m < write.num_rows; ++m) {
-    const float* const sums = write.sums + m * write.sums_stride;
+  for (std::int64_t m = begin; m < end; ++m) {
+    const Row sums(write.sums, write.int8_rows, m, write.sums_stride);
     float* const out = write.out + m * write.columns;
     std::int64_t n = write.column_begin;
     for (; n + static_cast<std::int64_t>(kLanes) <= write.column_end; n += kLanes) {
       const VF bias = write.bias != nullptr ? hn::LoadU(F(), write.bias + n) : hn::Zero(F());
       const VF before = write.output == GemmOutput::kAdd ? hn::LoadU(F(), out + n) : hn::Zero(F());
-      hn::StoreU(finish(hn::LoadU(F(), sums + n - write.column_begin), bias, before), F(), out + n);
+      hn::StoreU(finish(sums.At(n - write.column_begin), bias, before), F(), out + n);
     }
     if (n < write.column_end) {
       const auto rest = static_cast<std::size_t>(write.column_end - n);
       const VF bias = write.bias != nullptr ? LoadTail(write.bias + n, rest, 0) : hn::Zero(F());
-      StoreTail(finish(LoadTail(sums + n - write.column_begin, rest, 0), bias, LoadTail(out + n, rest, 0)), rest,
-                out + n);
+      StoreTail(finish(sums.At(n - write.column_begin), bias, LoadTail(out + n, rest, 0)), rest, out + n);
     }
   }
 }
 
-template <typename T>
-void SiluMulRows(const SiluMulWrite& write, T* out) {
-  for (std::int64_t m = 0; m < write.num_rows; ++m) {
-    for (std::int64_t n = 0; n < kPanelColumns; n += kLanes) {
-      const std::int64_t at = m * kPanelColumns + n;
-      StoreNarrow(SiluMul(hn::LoadU(F(), write.gate + at), hn::LoadU(F(), write.up + at)),
-                  out + m * write.out_stride + n);
-    }
+void WriteOut(const GemmWrite& write, std::int64_t begin, std::int64_t end) {
+  write.int8_rows != nullptr ? WriteRows<Int8Row>(write, begin, end) : WriteRows<FloatRow>(write, begin, end);
+}
+
+template <typename Row, typename T>
+void SiluMulRows(const SiluMulWrite& write, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t m = begin; m < end; ++m) {
+    const Row gate(write.gate, write.int8_rows, m, write.sums_stride);
+    const Row up(write.up, write.int8_rows, m, write.sums_stride);
+    T* const out = reinterpret_cast<T*>(write.out) + m * write.out_stride;
+    for (std::int64_t n = 0; n < write.columns; n += kLanes) StoreNarrow(SiluMul(gate.At(n), up.At(n)), out + n);
   }
 }
 
-void WriteSiluMul(const SiluMulWrite& write) {
-  if (write.out_dtype == DType::kF32) {
-    SiluMulRows(write, reinterpret_cast<float*>(write.out));
-  } else {
-    SiluMulRows(write, reinterpret_cast<std::uint16_t*>(write.out));
-  }
+template <typename Row>
+void SiluMulRows(const SiluMulWrite& write, std::int64_t begin, std::int64_t end) {
+  write.out_dtype == DType::kF32 ? SiluMulRows<Row, float>(write, begin, end)
+                                 : SiluMulRows<Row, std::uint16_t>(write, begin, end);
+}
+
+void WriteSiluMul(const SiluMulWrite& write, std::int64_t begin, std::int64_t end) {
+  write.int8_rows != nullptr ? SiluMulRows<Int8Row>(write, begin, end) : SiluMulRows<FloatRow>(write, begin, end);
 }
 
 template <typename W>
@@ -175,19 +204,19 @@ void Gemm(const GemmSlice& work) {
     }
   }
   const std::int64_t column_begin = work.panel_begin * kPanelColumns;
-  WriteOut({.sums = work.sums,
-            .num_rows = work.num_rows,
+  WriteOut({.sums = {.data = reinterpret_cast<const std::byte*>(work.sums)},
             .sums_stride = sums_stride,
             .bias = work.bias,
             .output = work.output,
             .out = work.out,
             .columns = work.columns,
             .column_begin = column_begin,
-            .column_end = std::min(work.panel_end * kPanelColumns, work.columns)});
+            .column_end = std::min(work.panel_end * kPanelColumns, work.columns)},
+           0, work.num_rows);
 }
 
 template <typename T>
-Int8Sum RoundRow(const T* row, std::int64_t size, std::int8_t* out) {
+Int8Sum RoundRow(const T* row, std::int64_t size, std::int8_t* out, std::int64_t block_stride) {
   const auto load = [&](std::int64_t i) {
     return i + static_cast<std::int64_t>(kLanes) <= size ? LoadWide(row + i)
                                                          : LoadTail(row + i, static_cast<std::size_t>(size - i), 0);
@@ -203,13 +232,14 @@ Int8Sum RoundRow(const T* row, std::int64_t size, std::int8_t* out) {
     sum = hn::Add(sum, integers);
     const hn::Rebind<std::int8_t, I> narrow;
     const auto bytes = hn::DemoteTo(narrow, integers);
+    std::int8_t* const to = out + i / kDotBlockBytes * block_stride + i % kDotBlockBytes;
     if (i + static_cast<std::int64_t>(kLanes) <= size) {
-      hn::StoreU(bytes, narrow, out + i);
+      hn::StoreU(bytes, narrow, to);
       continue;
     }
     HWY_ALIGN std::int8_t lanes[kLanes];
     hn::Store(bytes, narrow, lanes);
-    std::copy_n(lanes, size - i, out + i);
+    std::copy_n(lanes, size - i, to);
   }
   HWY_ALIGN std::int32_t lanes[kLanes];
   hn::Store(sum, wide, lanes);
@@ -218,28 +248,14 @@ Int8Sum RoundRow(const T* row, std::int64_t size, std::int8_t* out) {
   return {scale.scale, total};
 }
 
-Int8Sum RoundToInt8(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out) {
-  if (dtype == DType::kF32) return RoundRow(reinterpret_cast<const float*>(row), size, out);
-  return RoundRow(reinterpret_cast<const std::uint16_t*>(row), size, out);
-}
-
-void ScaleInt8(std::byte* sums, std::span<const Int8Sum> rows, const float* column_scales) {
-  const I wide;
-  for (std::size_t m = 0; m < rows.size(); ++m) {
-    auto* const integers = reinterpret_cast<std::int32_t*>(sums) + m * kPanelColumns;
-    const auto offset = hn::Set(wide, 128 * rows[m].sum);
-    const VF scale = hn::Set(F(), rows[m].scale);
-    for (std::int64_t n = 0; n < kPanelColumns; n += kLanes) {
-      const VF exact = hn::ConvertTo(F(), hn::Sub(hn::LoadU(wide, integers + n), offset));
-      hn::StoreU(hn::Mul(hn::Mul(exact, scale), hn::LoadU(F(), column_scales + n)), F(),
-                 reinterpret_cast<float*>(integers) + n);
-    }
-  }
+Int8Sum RoundToInt8(const std::byte* row, DType dtype, std::int64_t size, std::int8_t* out, std::int64_t block_stride) {
+  if (dtype == DType::kF32) return RoundRow(reinterpret_cast<const float*>(row), size, out, block_stride);
+  return RoundRow(reinterpret_cast<const std::uint16_t*>(row), size, out, block_stride);
 }
 
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
 // Sums of pairs of k: two for each column, added up at the end.
-void Int8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
+void MultiplyInt8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
   using D16 = hn::CappedTag<std::int16_t, 32>;
   using D32 = hn::RepartitionToWide<D16>;
   using Narrow8 = hn::Rebind<std::uint8_t, D16>;
@@ -271,7 +287,7 @@ void Int8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
   for (std::int64_t n = 0; n < kPanelColumns; ++n) sums[n] += lanes[2 * n] + lanes[2 * n + 1];
 }
 #else
-void Int8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
+void MultiplyInt8Row(const DotPiece& piece, const std::int8_t* a, std::int32_t* sums) {
   const auto* weights = reinterpret_cast<const std::uint8_t*>(piece.panel);
   for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
     for (std::int64_t half = 0; half < 2; ++half, weights += kDotHalfBytes) {
@@ -290,12 +306,12 @@ void Int8Piece(const DotPiece& piece) {
   for (std::int64_t m = 0; m < piece.num_rows; ++m) {
     auto* const sums = reinterpret_cast<std::int32_t*>(piece.sums) + m * kPanelColumns;
     if (piece.is_first) std::fill(sums, sums + kPanelColumns, 0);
-    Int8Row(piece, reinterpret_cast<const std::int8_t*>(piece.a.data + m * piece.a.row_stride), sums);
+    MultiplyInt8Row(piece, reinterpret_cast<const std::int8_t*>(piece.a.data + m * piece.a.row_stride), sums);
   }
 }
 
 constexpr GemmBodies kGemmBodies = {kRowsPerBlock, Gemm<float>, Gemm<std::uint16_t>, WriteOut,
-                                    WriteSiluMul,  {Int8Piece}, RoundToInt8,         ScaleInt8};
+                                    WriteSiluMul,  {Int8Piece}, RoundToInt8};
 
 }  // namespace spillway::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

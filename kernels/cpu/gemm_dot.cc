@@ -26,7 +26,8 @@ constexpr std::int64_t kRowsPerWorker = 128;
 // Up to so many rows are rearranged by one worker.
 constexpr std::int64_t kRowsPerItem = 16;
 constexpr std::int64_t kInt8RowsPerItem = 4;
-constexpr std::int64_t kSumsRowBytes = kPanelColumns * static_cast<std::int64_t>(sizeof(float));
+constexpr std::int64_t kSumBytes = 4;
+constexpr std::int64_t kSumsRowBytes = kPanelColumns * kSumBytes;
 
 // `total` in equal parts of `most` at most: the size of all but the last.
 std::int64_t EqualParts(std::int64_t total, std::int64_t most) {
@@ -59,6 +60,7 @@ class DotMatrix final : public CpuMatrix {
     std::int64_t rows = 0;
     std::int64_t cols = 0;
     std::int64_t num_blocks = 0;
+    bool is_paired = false;
     Buffer panels;
     std::vector<float> scales;  // of the columns of all panels, where they are INT8
   };
@@ -70,7 +72,7 @@ class DotMatrix final : public CpuMatrix {
         weights_(std::move(weights)) {}
 
   absl::Status Multiply(const WorkPlace& place, const GemmArgs& args) const override;
-  bool MultipliesGateUp() const override { return rows() % (2 * kPanelColumns) == 0; }
+  bool MultipliesGateUp() const override { return weights_.is_paired; }
   absl::Status MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const override;
 
  private:
@@ -84,23 +86,29 @@ class DotMatrix final : public CpuMatrix {
   };
   // What becomes of finished sums.
   struct Output {
-    const GemmArgs* gemm = nullptr;       // one of the two
-    const GateUpArgs* gate_up = nullptr;  // the panels that belong together are half of all panels apart
-
-    std::int64_t panels_per_group() const { return gate_up != nullptr ? 2 : 1; }
+    const GemmArgs* gemm = nullptr;  // one of the two
+    const GateUpArgs* gate_up = nullptr;
   };
   struct Slice {
     std::int64_t row_begin = 0;
     std::int64_t row_end = 0;
-    std::int64_t begin = 0;  // of the panels in the order in which they are multiplied
+    std::int64_t begin = 0;  // panels
     std::int64_t end = 0;
     std::int64_t next_begin = 0;  // of the slice that the same worker most likely multiplies next
   };
-  // Rows of one piece, and the first of its panels.
+  // Rows of one piece, and its panel.
   struct Place {
     std::int64_t row = 0;
     std::int64_t num_rows = 0;
-    std::int64_t index = 0;
+    std::int64_t panel = 0;
+  };
+  // Rows whose sums are complete.
+  struct Finished {
+    std::int64_t num_rows = 0;
+    std::int64_t rows_per_part = 1;  // of 32 sums each
+    std::int64_t num_writes = 0;
+    std::array<GemmWrite, 2> writes;
+    SiluMulWrite silu_mul;  // where there are no writes
   };
 
   absl::Status MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
@@ -108,23 +116,23 @@ class DotMatrix final : public CpuMatrix {
   Activations Arrange(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows) const;
   void MultiplySlice(const Activations& a, const Output& output, const Slice& slice, Scratch& scratch) const;
   DotWrite WrittenBy(const Output& output, const Place& at) const;
-  // `sums` of the panels of a group.
-  void Finish(const Activations& a, const Output& output, const Place& at, std::array<std::byte*, 2> sums) const;
+  // What is to be done with the sums of a piece.
+  Finished Finish(const Activations& a, const Output& output, const Place& at, const std::byte* sums) const;
 
   // Of passes of so many rows: a panel that is read once is read from end to end.
   std::int64_t BlocksPerChunk(std::int64_t num_rows) const {
     return num_rows <= kDotPieceRows ? num_blocks() : EqualParts(num_blocks(), kBlocksPerChunk);
   }
-  // Of the panel that is multiplied index-th: the halves of gate and up alternate.
-  std::int64_t PanelAt(const Output& output, std::int64_t index) const {
-    return output.gate_up != nullptr ? index % 2 * (num_panels() / 2) + index / 2 : index;
+  // The first column of a panel and of its second half.
+  std::array<std::int64_t, 2> ColumnsOf(std::int64_t panel) const {
+    if (!weights_.is_paired) return {panel * kPanelColumns, panel * kPanelColumns + kDotHalfColumns};
+    return {panel * kDotHalfColumns, rows() / 2 + panel * kDotHalfColumns};
   }
-  // What a worker reads behind the index-th panel's part of a chunk.
-  const std::byte* NextPanel(const Output& output, const Slice& slice, std::int64_t index, std::int64_t chunk,
-                             std::int64_t chunk_end) const {
-    if (index + 1 < slice.end) return PanelData(PanelAt(output, index + 1), chunk);
-    if (chunk_end < num_blocks()) return PanelData(PanelAt(output, slice.begin), chunk_end);
-    return PanelData(PanelAt(output, slice.next_begin), 0);
+  // What a worker reads behind a panel's part of a chunk.
+  const std::byte* NextPanel(const Slice& slice, std::int64_t panel, std::int64_t chunk, std::int64_t chunk_end) const {
+    if (panel + 1 < slice.end) return PanelData(panel + 1, chunk);
+    if (chunk_end < num_blocks()) return PanelData(slice.begin, chunk_end);
+    return PanelData(slice.next_begin, 0);
   }
   const std::byte* PanelData(std::int64_t panel, std::int64_t block) const {
     return weights_.panels.get() + (panel * num_blocks() + block) * 2 * kDotHalfBytes;
@@ -154,16 +162,18 @@ DotMatrix::Activations DotMatrix::Arrange(const WorkPlace& place, const std::byt
     rows.row_stride = kDotBlockBytes;
     rows.block_stride = kDotTileRows * kDotBlockBytes;
   }
-  const auto arrange = [&](std::int64_t m, Scratch& scratch) {
+  const auto arrange = [&](std::int64_t m) {
     const std::byte* from = a + m * row_bytes;
     std::int64_t from_bytes = row_bytes;
-    if (is_int8()) {
-      std::byte* const rounded = scratch.Get(static_cast<std::size_t>(cols()));
-      sums[m] = bodies_.round_to_int8(from, a_dtype, cols(), reinterpret_cast<std::int8_t*>(rounded));
-      from = rounded;
-      from_bytes = cols();
-    }
     std::byte* to = data + m / kDotTileRows * rows.tile_stride + m % kDotTileRows * rows.row_stride;
+    if (is_int8()) {
+      sums[m] = bodies_.round_to_int8(from, a_dtype, cols(), reinterpret_cast<std::int8_t*>(to), rows.block_stride);
+      if (const std::int64_t rest = cols() % kDotBlockBytes; rest != 0) {
+        std::memset(to + cols() / kDotBlockBytes * rows.block_stride + rest, 0,
+                    static_cast<std::size_t>(kDotBlockBytes - rest));
+      }
+      return;
+    }
     for (; from_bytes >= kDotBlockBytes;
          from_bytes -= kDotBlockBytes, from += kDotBlockBytes, to += rows.block_stride) {
       std::memcpy(to, from, static_cast<std::size_t>(kDotBlockBytes));
@@ -174,56 +184,64 @@ DotMatrix::Activations DotMatrix::Arrange(const WorkPlace& place, const std::byt
   };
   const std::int64_t rows_per_item = is_int8() ? kInt8RowsPerItem : kRowsPerItem;
   place.pool.ParallelFor((num_rows + rows_per_item - 1) / rows_per_item, place.worker,
-                         [&](std::int64_t item, Scratch& scratch) {
+                         [&](std::int64_t item, Scratch&) {
                            const std::int64_t end = std::min((item + 1) * rows_per_item, num_rows);
-                           for (std::int64_t m = item * rows_per_item; m < end; ++m) arrange(m, scratch);
+                           for (std::int64_t m = item * rows_per_item; m < end; ++m) arrange(m);
                          });
   return {rows,
           is_int8() ? std::span<const Int8Sum>(sums, static_cast<std::size_t>(num_rows)) : std::span<const Int8Sum>()};
 }
 
 DotWrite DotMatrix::WrittenBy(const Output& output, const Place& at) const {
-  const std::int64_t column = PanelAt(output, at.index) * kPanelColumns;
+  const std::int64_t column = ColumnsOf(at.panel)[0];
   if (output.gate_up != nullptr) {
     const GateUpArgs& args = *output.gate_up;
     const auto size = static_cast<std::int64_t>(SizeOf(args.out_dtype));
     const std::int64_t inner = rows() / 2;
-    return {args.out + (at.row * inner + column) * size, inner * size, kPanelColumns * size};
+    return {args.out + (at.row * inner + column) * size, inner * size, kDotHalfColumns * size};
   }
   const auto size = static_cast<std::int64_t>(sizeof(float));
   return {reinterpret_cast<std::byte*>(output.gemm->out + at.row * rows() + column), rows() * size,
-          std::min(kPanelColumns, rows() - column) * size};
+          std::min(weights_.is_paired ? kDotHalfColumns : kPanelColumns, rows() - column) * size};
 }
 
-void DotMatrix::Finish(const Activations& a, const Output& output, const Place& at,
-                       std::array<std::byte*, 2> sums) const {
-  if (is_int8()) {
-    const auto of_rows = a.sums.subspan(static_cast<std::size_t>(at.row), static_cast<std::size_t>(at.num_rows));
-    for (std::int64_t i = 0; i < output.panels_per_group(); ++i) {
-      bodies_.scale_int8(sums[static_cast<std::size_t>(i)], of_rows,
-                         weights_.scales.data() + PanelAt(output, at.index + i) * kPanelColumns);
-    }
-  }
+DotMatrix::Finished DotMatrix::Finish(const Activations& a, const Output& output, const Place& at,
+                                      const std::byte* sums) const {
+  const auto sums_of = [&](std::int64_t half) {
+    const std::int64_t column = at.panel * kPanelColumns + half * kDotHalfColumns;
+    return GemmSums{sums + half * kDotHalfColumns * kSumBytes, is_int8() ? weights_.scales.data() + column : nullptr};
+  };
+  const Int8Sum* const int8_rows = is_int8() ? a.sums.data() + at.row : nullptr;
+  Finished finished;
+  finished.num_rows = at.num_rows;
   if (output.gate_up != nullptr) {
-    bodies_.silu_mul({.gate = reinterpret_cast<float*>(sums[0]),
-                      .up = reinterpret_cast<float*>(sums[1]),
-                      .num_rows = at.num_rows,
-                      .out = WrittenBy(output, at).data,
-                      .out_dtype = output.gate_up->out_dtype,
-                      .out_stride = rows() / 2});
-    return;
+    finished.rows_per_part = 2;
+    finished.silu_mul = {.gate = sums_of(0),
+                         .up = sums_of(1),
+                         .sums_stride = kPanelColumns,
+                         .int8_rows = int8_rows,
+                         .out = WrittenBy(output, at).data,
+                         .out_dtype = output.gate_up->out_dtype,
+                         .out_stride = rows() / 2,
+                         .columns = kDotHalfColumns};
+    return finished;
   }
   const GemmArgs& args = *output.gemm;
-  const std::int64_t column = at.index * kPanelColumns;
-  bodies_.write_out({.sums = reinterpret_cast<float*>(sums[0]),
-                     .num_rows = at.num_rows,
-                     .sums_stride = kPanelColumns,
-                     .bias = args.bias,
-                     .output = args.output,
-                     .out = args.out + at.row * rows(),
-                     .columns = rows(),
-                     .column_begin = column,
-                     .column_end = std::min(column + kPanelColumns, rows())});
+  const std::int64_t most_columns = weights_.is_paired ? kDotHalfColumns : kPanelColumns;
+  for (std::int64_t half = 0; half < kPanelColumns / most_columns; ++half) {
+    const std::int64_t column = ColumnsOf(at.panel)[static_cast<std::size_t>(half)];
+    finished.writes[static_cast<std::size_t>(finished.num_writes++)] = {
+        .sums = sums_of(half),
+        .sums_stride = kPanelColumns,
+        .int8_rows = int8_rows,
+        .bias = args.bias,
+        .output = args.output,
+        .out = args.out + at.row * rows(),
+        .columns = rows(),
+        .column_begin = column,
+        .column_end = std::min(column + most_columns, rows())};
+  }
+  return finished;
 }
 
 void DotMatrix::MultiplySlice(const Activations& a, const Output& output, const Slice& slice, Scratch& scratch) const {
@@ -231,53 +249,54 @@ void DotMatrix::MultiplySlice(const Activations& a, const Output& output, const 
   const std::int64_t num_pieces = (num_rows + kDotPieceRows - 1) / kDotPieceRows;
   const bool is_read_once = num_pieces == 1;
   const std::int64_t blocks_per_chunk = BlocksPerChunk(num_rows);
-  const std::int64_t group = output.panels_per_group();
-  // Sums that a later chunk adds to, or that wait for the other panel of their group. Others are written out at once.
-  const bool keeps_all = blocks_per_chunk < num_blocks();
-  const std::int64_t num_kept = keeps_all ? slice.end - slice.begin : group - 1;
-  std::byte* const passing =
-      scratch.Get(static_cast<std::size_t>((kDotPieceRows + num_kept * num_rows) * kSumsRowBytes));
-  const auto sums_at = [&](std::int64_t index, std::int64_t m) {
-    const std::int64_t panel = keeps_all ? index - slice.begin : (index - slice.begin) % group;
-    return panel < num_kept ? passing + (kDotPieceRows + panel * num_rows + m) * kSumsRowBytes : passing;
+  // Sums that a later chunk adds to. Others are written out at once.
+  const bool keeps = blocks_per_chunk < num_blocks();
+  const std::int64_t num_sums = keeps ? (slice.end - slice.begin) * num_rows : 2 * kDotPieceRows;
+  std::byte* const sums = scratch.Get(static_cast<std::size_t>(num_sums * kSumsRowBytes));
+  std::int64_t passing = 0;  // of two, in turns: one is finished while the other is made
+  // Finished beside the next piece, as few at a time as the processor can look ahead.
+  Finished finished;
+  const auto finish = [&](std::int64_t part) {
+    const std::int64_t begin = part * finished.rows_per_part;
+    const std::int64_t end = std::min(begin + finished.rows_per_part, finished.num_rows);
+    if (finished.num_writes == 0) bodies_.silu_mul(finished.silu_mul, begin, end);
+    for (std::int64_t i = 0; i < finished.num_writes; ++i) {
+      bodies_.write_out(finished.writes[static_cast<std::size_t>(i)], begin, end);
+    }
   };
-  // Rows whose sums are complete, to be finished beside the next piece: one at a time, since more are more than the
-  // processor looks ahead.
-  Place complete;
-  std::array<std::byte*, 2> complete_sums{};
-  const auto finish = [&](std::int64_t m) {
-    const std::int64_t offset = m * kSumsRowBytes;
-    Finish(a, output, {complete.row + m, 1, complete.index}, {complete_sums[0] + offset, complete_sums[1] + offset});
-  };
+  const auto num_parts = [&] { return (finished.num_rows + finished.rows_per_part - 1) / finished.rows_per_part; };
   std::int64_t begun_rows = 0;
   for (std::int64_t chunk = 0; chunk < num_blocks(); chunk += blocks_per_chunk) {
     const std::int64_t chunk_end = std::min(chunk + blocks_per_chunk, num_blocks());
-    for (std::int64_t index = slice.begin; index < slice.end; ++index) {
-      const bool completes = chunk_end == num_blocks() && (index + 1 - slice.begin) % group == 0;
-      const DotRead next = {NextPanel(output, slice, index, chunk, chunk_end), (chunk_end - chunk) * 2 * kDotHalfBytes};
+    const bool completes = chunk_end == num_blocks();
+    for (std::int64_t panel = slice.begin; panel < slice.end; ++panel) {
+      const DotRead next = {NextPanel(slice, panel, chunk, chunk_end), (chunk_end - chunk) * 2 * kDotHalfBytes};
       for (std::int64_t m = 0; m < num_rows; m += kDotPieceRows) {
-        const Place at = {slice.row_begin + m, std::min(num_rows - m, kDotPieceRows), index + 1 - group};
+        const Place at = {slice.row_begin + m, std::min(num_rows - m, kDotPieceRows), panel};
         if (at.num_rows != begun_rows) body_.begin(at.num_rows);
         begun_rows = at.num_rows;
+        std::byte* const piece_sums =
+            sums + (keeps ? (panel - slice.begin) * num_rows + m : passing * kDotPieceRows) * kSumsRowBytes;
+        passing = 1 - passing;
         body_.multiply(
             {.a = a.rows.From(at.row, chunk),
              .num_rows = at.num_rows,
-             .panel = PanelData(PanelAt(output, index), chunk),
+             .panel = PanelData(panel, chunk),
              .num_blocks = chunk_end - chunk,
              .is_first = chunk == 0,
              .is_read_once = is_read_once,
-             .sums = sums_at(index, m),
+             .sums = piece_sums,
              .next = next.Part(m / kDotPieceRows, num_pieces),
-             .output = completes ? WrittenBy(output, at) : DotWrite{sums_at(index, m), kSumsRowBytes, kSumsRowBytes},
-             .num_parts = complete.num_rows,
+             .output = completes ? WrittenBy(output, at) : DotWrite{piece_sums, kSumsRowBytes, kSumsRowBytes},
+             .num_parts = num_parts(),
              .background = finish});
-        complete = completes ? at : Place{};
-        complete_sums = {sums_at(index + 1 - group, m), sums_at(index, m)};
+        finished.num_rows = 0;
+        if (completes) finished = Finish(a, output, at, piece_sums);
       }
     }
   }
   body_.end();
-  for (std::int64_t m = 0; m < complete.num_rows; ++m) finish(m);
+  for (std::int64_t part = 0; part < num_parts(); ++part) finish(part);
 }
 
 absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a, DType a_dtype, std::int64_t num_rows,
@@ -321,12 +340,18 @@ absl::Status DotMatrix::MultiplyGateUp(const WorkPlace& place, const GateUpArgs&
   return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gate_up = &args});
 }
 
+// Gate and up: 16 columns of each make a panel, so that what is made of both follows each piece.
+bool ArePair(std::span<const MatrixView> parts) {
+  return parts.size() == 2 && parts[0].rows == parts[1].rows && parts[0].rows % kDotHalfColumns == 0;
+}
+
 // Room for the panels of `parts`, whose elements become element_bytes wide.
 absl::StatusOr<DotMatrix::Weights> Reserve(std::span<const MatrixView> parts, std::int64_t rows,
                                            std::int64_t element_bytes) {
   DotMatrix::Weights weights;
   weights.rows = rows;
   weights.cols = parts[0].cols;
+  weights.is_paired = ArePair(parts);
   weights.num_blocks = (weights.cols * element_bytes + kDotBlockBytes - 1) / kDotBlockBytes;
   const std::int64_t num_panels = (rows + kPanelColumns - 1) / kPanelColumns;
   ASSIGN_OR_RETURN(weights.panels,
@@ -337,7 +362,14 @@ absl::StatusOr<DotMatrix::Weights> Reserve(std::span<const MatrixView> parts, st
 // Calls pack(panel, the matrix's rows that are its columns, memory, worker's scratch) for every panel.
 template <typename Pack>
 void ForPanels(DotMatrix::Weights& weights, std::span<const MatrixView> parts, WorkerPool& pool, Pack pack) {
-  const std::vector<const std::byte*> rows = RowsOf(parts);
+  const std::vector<const std::byte*> stacked = RowsOf(parts);
+  std::vector<const std::byte*> rows = stacked;
+  if (weights.is_paired) {
+    for (std::size_t n = 0; n < rows.size(); ++n) {
+      constexpr std::size_t kHalf = kDotHalfColumns;
+      rows[n] = stacked[n / kHalf % 2 * (rows.size() / 2) + n / (2 * kHalf) * kHalf + n % kHalf];
+    }
+  }
   const std::span<const std::byte* const> all(rows);
   const auto num_panels = static_cast<std::int64_t>((rows.size() + kPanelColumns - 1) / kPanelColumns);
   Scratch caller;
@@ -374,7 +406,7 @@ absl::StatusOr<std::unique_ptr<CpuMatrix>> PackDotInt8(DotBody body, const GemmB
               for (std::size_t n = 0; n < columns.size(); ++n) {
                 std::int8_t* const column = rounded + static_cast<std::int64_t>(n) * weights.cols;
                 weights.scales[static_cast<std::size_t>(index * kPanelColumns) + n] =
-                    bodies.round_to_int8(columns[n], parts[0].dtype, weights.cols, column).scale;
+                    bodies.round_to_int8(columns[n], parts[0].dtype, weights.cols, column, kDotBlockBytes).scale;
                 for (std::int64_t k = 0; k < weights.cols; ++k) column[k] = static_cast<std::int8_t>(column[k] ^ 0x80);
                 rounded_columns.push_back(reinterpret_cast<const std::byte*>(column));
               }

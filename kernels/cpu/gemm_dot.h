@@ -9,8 +9,9 @@
 //
 // Panel  32 columns, [block of k][half: 16 columns][group of k][column][4 bytes]. A block is 64 bytes of each column, a
 //        group 4 bytes of it: one half of a block is one tile of AMX. k is padded with zeros to whole blocks, columns
-//        to whole panels. INT8 weights are kept as q + 128, unsigned as VNNI wants them; 128 times the sum of the row
-//        of activations comes off again at the end.
+//        to whole panels. Of two parts of as many columns, gate and up, each panel has a half of each. INT8 weights are
+//        kept as q + 128, unsigned as VNNI wants them; 128 times the sum of the row of activations comes off again at
+//        the end.
 
 #include <algorithm>
 #include <cstddef>

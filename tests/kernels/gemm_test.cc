@@ -181,9 +181,10 @@ TEST_P(GemmTest, BitsOfARowDoNotDependOnTheCall) {
 TEST_P(GemmTest, GateUpHasTheBitsOfGemmAndSiluMul) {
   Random random(8);
   constexpr std::int64_t kDepth = 72;
-  for (const std::int64_t inner : {64, 40}) {
-    const Array w(dtype(), random.Normals(static_cast<std::size_t>(2 * inner * kDepth)));
-    const std::vector<MatrixView> parts = {ViewOf(w, 2 * inner, kDepth)};
+  for (const std::int64_t inner : {64, 48, 40}) {
+    const Array gate(dtype(), random.Normals(static_cast<std::size_t>(inner * kDepth)));
+    const Array up(dtype(), random.Normals(static_cast<std::size_t>(inner * kDepth)));
+    const std::vector<MatrixView> parts = {ViewOf(gate, inner, kDepth), ViewOf(up, inner, kDepth)};
     for (const int num_workers : {1, 3}) {
       Rig rig(target(), num_workers, gemm());
       for (const bool is_int8 : {false, true}) {
