@@ -1,6 +1,6 @@
-// Merges the partial states of split sequences in position order. One CTA per (token row, head), a thread per
-// component; each 32 segments the factors are found side by side (prefix maxima do not depend on order), then applied
-// in order, so the bits are those of merging one by one.
+// Merges the partial states of split sequences in position order. One CTA per (token row, head) that may be of one, a
+// thread per component; each 32 segments the factors are found side by side (prefix maxima do not depend on order),
+// then applied in order, so the bits are those of merging one by one.
 
 #include "kernels/cuda/attention_plan.cuh"
 #include "kernels/cuda/intrinsics.cuh"
@@ -63,17 +63,44 @@ __device__ __forceinline__ float Exp2Of(float x) {
   return kExponential == MergeExponential::kHardware ? Exp2Hardware(x) : Exp2Polynomial(x);
 }
 
+// The row that a CTA merges. Where only sequences of at most max_rows query rows are split, there is one for each that
+// these could have: far fewer than a prompt has. max_rows is 0: one for each there is.
+struct MergedRow {
+  int token_row;
+  int head;
+  bool may_be_split;
+
+  __device__ MergedRow(const AttentionParams& params, int max_rows) {
+    const auto cta = static_cast<int>(blockIdx.x);
+    if (max_rows == 0) {
+      token_row = cta / params.num_heads;
+      head = cta % params.num_heads;
+      // Rows of none of the call's sequences: their plans are another call's.
+      may_be_split = token_row >= params.query_begin[0] && token_row < params.query_begin[params.num_sequences];
+      return;
+    }
+    const int group = params.num_heads / params.kv.num_kv_heads;
+    const int row = cta % max_rows;
+    const int kv_head = cta / max_rows % params.kv.num_kv_heads;
+    const int* const begin = params.query_begin + cta / max_rows / params.kv.num_kv_heads;
+    const int num_rows = (begin[1] - begin[0]) * group;
+    token_row = begin[0] + row / group;
+    head = kv_head * group + row % group;
+    may_be_split = row < num_rows && num_rows <= max_rows;
+  }
+};
+
 // Where CTAs are few, two chunks are on their way while a third is merged (kIsDeep): a load takes longer than that.
 // Where they are many, they hide each other's loads, and registers decide how many run.
 template <MergeExponential kExponential, bool kIsDeep>
-__global__ void __launch_bounds__(kMaxThreads, kIsDeep ? 2 : 3) MergeKernel(AttentionParams params) {
-  const auto token_row = static_cast<int>(blockIdx.x) / params.num_heads;
-  const auto head = static_cast<int>(blockIdx.x) % params.num_heads;
+__global__ void __launch_bounds__(kMaxThreads, kIsDeep ? 2 : 3) MergeKernel(AttentionParams params, int max_rows) {
+  AwaitPrimary();
+  const MergedRow merged(params, max_rows);
+  if (!merged.may_be_split) return;
+  const int token_row = merged.token_row;
+  const int head = merged.head;
   const int group = params.num_heads / params.kv.num_kv_heads;
   const int kv_head = head / group;
-  AwaitPrimary();
-  // Rows of none of the call's sequences: their plans are another call's.
-  if (token_row < params.query_begin[0] || token_row >= params.query_begin[params.num_sequences]) return;
   const TokenPlan plan = params.plan[token_row];
   const int row = plan.token * group + head % group;
   if (!IsSplit(plan, kv_head, row)) return;
@@ -147,14 +174,22 @@ __global__ void __launch_bounds__(kMaxThreads, kIsDeep ? 2 : 3) MergeKernel(Atte
 
 }  // namespace
 
-cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential exponential, cudaStream_t stream) {
-  const auto num_ctas = static_cast<unsigned>(params.num_tokens) * static_cast<unsigned>(params.num_heads);
+cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential exponential, int max_rows,
+                                 cudaStream_t stream) {
+  std::int64_t num_ctas = std::int64_t{params.num_tokens} * params.num_heads;
+  const std::int64_t num_bounded = std::int64_t{params.num_sequences} * params.kv.num_kv_heads * max_rows;
+  if (max_rows == 0 || num_ctas <= num_bounded) {
+    max_rows = 0;
+  } else {
+    num_ctas = num_bounded;
+  }
   const auto num_threads = static_cast<unsigned>(MinOf(kMaxThreads, CeilDiv(params.kv.head_dim, 32) * 32));
   const auto launch = [&](auto* deep, auto* shallow) {
-    const bool is_deep = num_ctas <= 2 * static_cast<unsigned>(params.num_multiprocessors);
+    const bool is_deep = num_ctas <= 2 * params.num_multiprocessors;
     auto* const kernel = is_deep ? deep : shallow;
-    return params.has_copy_engine ? LaunchDependent(kernel, num_ctas, num_threads, 0, stream, params)
-                                  : Launch(kernel, num_ctas, num_threads, 0, stream, params);
+    const auto grid = static_cast<unsigned>(num_ctas);
+    return params.has_copy_engine ? LaunchDependent(kernel, grid, num_threads, 0, stream, params, max_rows)
+                                  : Launch(kernel, grid, num_threads, 0, stream, params, max_rows);
   };
   return exponential == MergeExponential::kHardware
              ? launch(MergeKernel<MergeExponential::kHardware, true>, MergeKernel<MergeExponential::kHardware, false>)

@@ -304,6 +304,9 @@ cudaError_t LaunchPrefill(const AttentionParams& params, cudaStream_t stream) {
   return Launch(kernel, static_cast<unsigned>(num_tiles * num_kv_heads), kWarps * 32, kShared, stream, params, range);
 }
 
+// One token each: all are the decoding kernel's.
+bool IsDecode(const AttentionParams& params) { return params.num_tokens <= params.num_sequences; }
+
 }  // namespace
 
 bool TensorAttentionFits(const AttentionParams& params) {
@@ -316,7 +319,7 @@ bool TensorAttentionFits(const AttentionParams& params) {
 }
 
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream) {
-  if (params.num_tokens <= params.num_sequences) return LaunchDecodeAttention(params, kMaxRowsPerSequence, stream);
+  if (IsDecode(params)) return LaunchDecodeAttention(params, kMaxRowsPerSequence, stream);
   const auto launch = [&]<DType kType, bool kHasBias>() {
     return params.kv.head_dim == 64 ? LaunchPrefill<64, kType, kHasBias>(params, stream)
                                     : LaunchPrefill<128, kType, kHasBias>(params, stream);
@@ -336,7 +339,8 @@ cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) 
   const bool is_tensor = TensorAttentionFits(params);
   const cudaError_t error = is_tensor ? LaunchTensorAttention(params, stream) : LaunchPlainAttention(params, stream);
   if (error != cudaSuccess) return error;
-  return LaunchMergeAttention(params, is_tensor ? MergeExponential::kHardware : MergeExponential::kPolynomial, stream);
+  if (!is_tensor) return LaunchMergeAttention(params, MergeExponential::kPolynomial, 0, stream);
+  return LaunchMergeAttention(params, MergeExponential::kHardware, IsDecode(params) ? 0 : kMaxSplitRows, stream);
 }
 
 }  // namespace spillway::cuda

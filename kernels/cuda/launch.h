@@ -171,7 +171,9 @@ cudaError_t LaunchDecodeAttention(const AttentionParams& params, int max_rows, c
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream);
 cudaError_t LaunchPlainAttention(const AttentionParams& params, cudaStream_t stream);
 enum class MergeExponential : std::uint8_t { kHardware, kPolynomial };
-cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential exponential, cudaStream_t stream);
+// Only sequences of at most max_rows query rows were split; 0: any may have been.
+cudaError_t LaunchMergeAttention(const AttentionParams& params, MergeExponential exponential, int max_rows,
+                                 cudaStream_t stream);
 
 struct SampleParams {
   const float* logits;  // [num_rows, vocab]
