@@ -22,34 +22,45 @@ find_library(SPILLWAY_CUDART cudart_static HINTS ${SPILLWAY_CUDA_ROOT}/lib64
 set(nvcc_flags -std=c++20 -O3 -I${CMAKE_CURRENT_LIST_DIR}/.. --expt-relaxed-constexpr
     -fmad=false  # every fused multiply-add is written as one
     -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror --Werror all-warnings -Xptxas=-v -ccbin ${CMAKE_CXX_COMPILER})
+set(gencode)
 foreach(architecture IN LISTS SPILLWAY_CUDA_ARCHITECTURES)
   string(REGEX MATCH "^([0-9]+[af]?)-(real|virtual)$" matched ${architecture})
   if(NOT matched)
     message(FATAL_ERROR "SPILLWAY_CUDA_ARCHITECTURES: ${architecture} is neither <number>-real nor <number>-virtual")
   endif()
   if(CMAKE_MATCH_2 STREQUAL "real")
-    list(APPEND nvcc_flags -gencode=arch=compute_${CMAKE_MATCH_1},code=sm_${CMAKE_MATCH_1})
+    list(APPEND gencode -gencode=arch=compute_${CMAKE_MATCH_1},code=sm_${CMAKE_MATCH_1})
   else()
-    list(APPEND nvcc_flags -gencode=arch=compute_${CMAKE_MATCH_1},code=compute_${CMAKE_MATCH_1})
+    list(APPEND gencode -gencode=arch=compute_${CMAKE_MATCH_1},code=compute_${CMAKE_MATCH_1})
   endif()
 endforeach()
 
 set(cuda_objects)
-foreach(name IN ITEMS attention_decode attention_merge attention_plain attention_tensor gather gemm_plain row_kernels sample)
-  set(source ${CMAKE_CURRENT_LIST_DIR}/cuda/${name}.cu)
+function(spillway_cuda_object name)  # and nvcc's -gencode options
+  set(source ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cuda/${name}.cu)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.o)
   add_custom_command(
     OUTPUT ${object}
     BYPRODUCTS ${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.ptxas.txt
     COMMAND ${CMAKE_COMMAND} -DREPORT=${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.ptxas.txt
-            -P ${CMAKE_CURRENT_LIST_DIR}/cuda/compile.cmake --
-            ${SPILLWAY_NVCC} ${nvcc_flags} -MD -MF ${object}.d -MT ${object} -c ${source} -o ${object}
-    DEPENDS ${source} ${CMAKE_CURRENT_LIST_DIR}/cuda/compile.cmake
+            -P ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cuda/compile.cmake --
+            ${SPILLWAY_NVCC} ${nvcc_flags} ${ARGN} -MD -MF ${object}.d -MT ${object} -c ${source} -o ${object}
+    DEPENDS ${source} ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cuda/compile.cmake
     DEPFILE ${object}.d
     COMMENT "nvcc ${name}.cu"
     VERBATIM)
-  list(APPEND cuda_objects ${object})
+  set(cuda_objects ${cuda_objects} ${object} PARENT_SCOPE)
+endfunction()
+foreach(name IN ITEMS attention_decode attention_merge attention_plain attention_tensor gather gemm_plain row_kernels sample)
+  spillway_cuda_object(${name} ${gencode})
 endforeach()
+# wgmma is in sm_90a's machine code alone.
+if("90a-real" IN_LIST SPILLWAY_CUDA_ARCHITECTURES)
+  spillway_cuda_object(attention_hopper -gencode=arch=compute_90a,code=sm_90a)
+else()
+  target_sources(spillway_kernels PRIVATE ${CMAKE_CURRENT_LIST_DIR}/cuda/attention_hopper_absent.cc)
+  target_include_directories(spillway_kernels SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
+endif()
 set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
 
 set(cuda_dir ${CMAKE_CURRENT_LIST_DIR}/cuda)

@@ -65,7 +65,7 @@ arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -
 [ "$arch" = 90 ] && arch=90a
 generator=()
 command -v ninja >/dev/null && generator=(-G Ninja)
-tests=(conformance device golden identity tiers beyond float16 parity)
+tests=(conformance device prefill golden identity tiers beyond float16 parity)
 
 step configure 60 cmake -S bench/gpu -B "$build" "${generator[@]}" "${carried[@]}" -DSPILLWAY_CUDA_ARCHITECTURES="$arch-real" || finish
 step build 400 cmake --build "$build" -j"$(nproc)" --target gpu_bench engine_bench $(printf 'cuda_%s_test ' "${tests[@]}") || finish

@@ -328,8 +328,12 @@ cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t st
     return params.row_bias == nullptr ? launch.template operator()<kType, false>()
                                       : launch.template operator()<kType, true>();
   };
-  const cudaError_t error = params.kv.dtype == DType::kBF16 ? launch_of.template operator()<DType::kBF16>()
-                                                            : launch_of.template operator()<DType::kF16>();
+  const auto launch_prefill = [&] {
+    if (HopperPrefillFits(params)) return LaunchHopperPrefill(params, kMaxSplitRows + 1, stream);
+    return params.kv.dtype == DType::kBF16 ? launch_of.template operator()<DType::kBF16>()
+                                           : launch_of.template operator()<DType::kF16>();
+  };
+  const cudaError_t error = launch_prefill();
   if (error != cudaSuccess) return error;
   return LaunchDecodeAttention(params, kMaxSplitRows, stream);
 }

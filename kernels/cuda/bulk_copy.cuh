@@ -69,14 +69,15 @@ __device__ __forceinline__ void CopyBulk(std::byte* to, const std::byte* from, i
                     "l"(from), "r"(num_bytes), "r"(SharedAddress(&barrier))
                     : "memory");
 }
-// The box of strip `strip` of a map of EncodeStrips (tensor_map.h) that begins at column `column` of 128 bytes. `map`
-// is a __grid_constant__ parameter of the kernel, `to` 1024-byte aligned.
-__device__ __forceinline__ void CopyBox(std::byte* to, const CUtensorMap& map, int strip, int column,
+// The box of a tensor (tensor_map.h) at {0, 0, third, fourth}: of EncodeStrips's, that of strip `fourth` which begins
+// at column `third` of 128 bytes. Zeros, where it is outside; all of its bytes are announced and come in any case.
+// `map` is a __grid_constant__ parameter of the kernel, `to` 1024-byte aligned.
+__device__ __forceinline__ void CopyBox(std::byte* to, const CUtensorMap& map, int fourth, int third,
                                         Barrier& barrier) {
   SPILLWAY_SM90_ASM(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], "
       "[%5];" ::"r"(SharedAddress(to)),
-      "l"(&map), "r"(0), "r"(column), "r"(strip), "r"(SharedAddress(&barrier))
+      "l"(&map), "r"(0), "r"(third), "r"(fourth), "r"(SharedAddress(&barrier))
       : "memory");
 }
 

@@ -12,6 +12,7 @@
 #include "kernels/cuda/blas.h"
 #include "kernels/cuda/errors.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/memory.h"
 #include "kernels/cuda/stream.h"
 #include "kernels/kernels.h"
@@ -117,6 +118,9 @@ absl::StatusOr<std::unique_ptr<Device>> Make(const CudaDeviceOptions& options) {
   kernels_options.num_multiprocessors = properties.multiProcessorCount;
   RETURN_IF_ERROR(ToStatus(FindCopyEngine(&kernels_options.has_copy_engine), "asking what the kernels are built for"));
   kernels_options.attention_workspace_bytes = options.attention_workspace_bytes;
+  kernels_options.may_use_wgmma =
+      !options.batch_invariant && properties.major == 9 && properties.minor == 0 && HopperPrefillIsBuilt();
+  const char* const prefill = kernels_options.may_use_wgmma ? " wgmma-prefill" : "";
   std::string gemm = "own-gemm";
   if (options.cublaslt != "none") {
     ASSIGN_OR_RETURN(kernels_options.blas,
@@ -125,7 +129,7 @@ absl::StatusOr<std::unique_ptr<Device>> Make(const CudaDeviceOptions& options) {
     gemm = absl::StrCat("cublaslt-", kernels_options.blas->version());
   }
   std::string description = absl::StrCat("cuda ", properties.name, " sm_", properties.major, properties.minor, " ",
-                                         gemm, options.batch_invariant ? " batch-invariant" : "");
+                                         gemm, prefill, options.batch_invariant ? " batch-invariant" : "");
   return std::make_unique<CudaDevice>(options, slab, MakeCudaKernels(slab, std::move(kernels_options)),
                                       std::move(description));
 }

@@ -178,7 +178,8 @@ class CudaKernels final : public Kernels {
       return;
     }
     auto& cuda = static_cast<CudaStream&>(stream);
-    const auto plan_bytes = static_cast<std::size_t>(args.num_tokens) * sizeof(TokenPlan);
+    // The tickets come first, where a new workspace is zeros; then the plan.
+    const auto plan_bytes = CudaStream::kWorkspaceZeros + static_cast<std::size_t>(args.num_tokens) * sizeof(TokenPlan);
     std::byte* const workspace = cuda.Workspace(CudaStream::Purpose::kAttention, options_.attention_workspace_bytes);
     if (workspace == nullptr) return;
     const std::size_t bytes = options_.attention_workspace_bytes;
@@ -218,9 +219,11 @@ class CudaKernels final : public Kernels {
                               .state_capacity = static_cast<std::int64_t>(capacity),
                               .state_out = reinterpret_cast<float*>(states + capacity * sizeof(float2)),
                               .state_max_sum = reinterpret_cast<float2*>(states),
-                              .plan = reinterpret_cast<TokenPlan*>(workspace),
+                              .plan = reinterpret_cast<TokenPlan*>(workspace + CudaStream::kWorkspaceZeros),
                               .num_multiprocessors = options_.num_multiprocessors,
-                              .has_copy_engine = options_.has_copy_engine},
+                              .has_copy_engine = options_.has_copy_engine,
+                              .may_use_wgmma = options_.may_use_wgmma,
+                              .tickets = reinterpret_cast<unsigned*>(workspace)},
                              handle);
     });
   }

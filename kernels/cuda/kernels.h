@@ -16,6 +16,7 @@ struct CudaKernelsOptions {
   int num_multiprocessors = 0;
   bool has_copy_engine = false;               // as FindCopyEngine of launch.h has it
   std::size_t attention_workspace_bytes = 0;  // per stream that runs attention
+  bool may_use_wgmma = false;                 // AttentionParams of launch.h
   std::unique_ptr<Blas> blas;                 // null: our own GEMM
 };
 

@@ -158,6 +158,10 @@ struct AttentionParams {
   TokenPlan* plan;              // [num_tokens]
   int num_multiprocessors;
   bool has_copy_engine;  // as FindCopyEngine has it
+  // Whether prefill may be the kernel of attention_hopper.cu, with bits of its own: on compute capability 9.0, where
+  // the device need not be batch-invariant.
+  bool may_use_wgmma;
+  unsigned* tickets;  // [2]; zeros before and after every launch
 };
 // Whether this thread's device runs our code for compute capability 9.0 or newer, and has the shared memory for it.
 cudaError_t FindCopyEngine(bool* has_copy_engine);
@@ -169,6 +173,11 @@ bool TensorAttentionFits(const AttentionParams& params);
 // Of the sequences with max_rows query rows at most.
 cudaError_t LaunchDecodeAttention(const AttentionParams& params, int max_rows, cudaStream_t stream);
 cudaError_t LaunchTensorAttention(const AttentionParams& params, cudaStream_t stream);
+// Prefill by wgmma: sequences of min_rows or more query rows, in one call over all their keys, without a row bias.
+// Built where SPILLWAY_CUDA_ARCHITECTURES has sm_90a; else it never fits.
+bool HopperPrefillIsBuilt();
+bool HopperPrefillFits(const AttentionParams& params);
+cudaError_t LaunchHopperPrefill(const AttentionParams& params, int min_rows, cudaStream_t stream);
 cudaError_t LaunchPlainAttention(const AttentionParams& params, cudaStream_t stream);
 enum class MergeExponential : std::uint8_t { kHardware, kPolynomial };
 // Only sequences of at most max_rows query rows were split; 0: any may have been.

@@ -312,6 +312,9 @@ std::byte* CudaStream::Workspace(Purpose purpose, std::size_t size_bytes) {
     Check(cudaMalloc(&memory, std::max<std::size_t>(size_bytes, 1)),
           absl::StrCat("a workspace of ", size_bytes, " bytes"));
     workspace = static_cast<std::byte*>(memory);
+    if (workspace != nullptr) {
+      Check(cudaMemsetAsync(workspace, 0, std::min(size_bytes, kWorkspaceZeros), target_), "clearing a workspace");
+    }
   }
   return workspace;
 }

@@ -97,7 +97,8 @@ class CudaStream final : public Stream {
   cudaStream_t handle() const { return handles_.stream; }  // for measurements
   Fault* fault() const { return state_->fault(); }
   // Device memory for the kernels of this stream, kept from call to call: one piece per purpose, allocated when first
-  // asked for. Null after an error.
+  // asked for, its first kWorkspaceZeros bytes zeros then. Null after an error.
+  static constexpr std::size_t kWorkspaceZeros = 16;
   enum class Purpose : std::uint8_t { kAttention, kGemm };
   std::byte* Workspace(Purpose purpose, std::size_t size_bytes);
 

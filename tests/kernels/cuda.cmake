@@ -21,6 +21,7 @@ set(of_engine -*KvBytes*:PlantedFault*)
 if(SPILLWAY_CUDA)
   spillway_cuda_test(cuda_conformance_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_conformance_test.cc FILTER -*AllMachines*)
   spillway_cuda_test(cuda_device_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_device_test.cc)
+  spillway_cuda_test(cuda_prefill_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_prefill_test.cc)
   foreach(name IN ITEMS golden identity tiers beyond float16 parity)
     spillway_cuda_test(cuda_${name}_test cuda SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda_${name}_test.cc
                        LIBS spillway_engine nlohmann_json::nlohmann_json FILTER ${of_engine})
@@ -41,11 +42,12 @@ endif()
 set(cuda_dir ${root}/kernels/cuda)
 file(GLOB kernel_sources CONFIGURE_DEPENDS ${cuda_dir}/*.cu)
 set_source_files_properties(${kernel_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS
-  "-xc++;-include;${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.h;-Wno-unknown-pragmas;-Wno-unused-function;-Wno-pedantic")
+  "-xc++;-include;${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.h;-Wno-unknown-pragmas;-Wno-unused-function;-Wno-pedantic;-Wno-psabi")
 add_library(cuda_emulated OBJECT
   ${kernel_sources} ${cuda_dir}/blas.cc ${cuda_dir}/device.cc ${cuda_dir}/errors.cc ${cuda_dir}/kernels.cc
   ${cuda_dir}/memory.cc ${cuda_dir}/stream.cc ${cuda_dir}/tensor_map.cc
-  ${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.cc ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_runtime.cc)
+  ${CMAKE_CURRENT_LIST_DIR}/cuda_emulation.cc ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_runtime.cc
+  ${CMAKE_CURRENT_LIST_DIR}/cuda_emulated_wgmma.cc)
 target_include_directories(cuda_emulated SYSTEM PRIVATE ${SPILLWAY_CUDA_INCLUDE})
 target_link_libraries(cuda_emulated PRIVATE spillway_flags absl::status absl::statusor absl::strings)
 # Stands in for cuBLASLt; it queues by the runtime in the program that opens it, so these programs export that.
@@ -59,7 +61,7 @@ function(spillway_emulated_test name)
   set_target_properties(cuda_emulated_${name}_test PROPERTIES ENABLE_EXPORTS ON)
   add_dependencies(cuda_emulated_${name}_test cuda_emulated_blas)
 endfunction()
-foreach(name IN ITEMS conformance device)
+foreach(name IN ITEMS conformance device prefill)
   spillway_emulated_test(${name} FILTER -*Frequencies*:*ChunksTokens*float16:*AllMachines*)  # what takes longest
 endforeach()
 function(spillway_emulated_engine_test name filter)

@@ -112,6 +112,9 @@ cudaError_t cudaMemset(void* memory, int value, std::size_t size_bytes) {
   std::memset(memory, value, size_bytes);
   return cudaSuccess;
 }
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t size_bytes, cudaStream_t stream) {
+  return spillway::emulation::Queue(stream, [=] { return cudaMemset(memory, value, size_bytes); });
+}
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t size_bytes, cudaMemcpyKind /*kind*/) {
   std::memcpy(to, from, size_bytes);
   return cudaSuccess;

@@ -195,6 +195,8 @@ void SyncBlock() {
   }
 }
 
+bool IsLazy() { return machine.is_lazy; }
+
 Meeting::Meeting(unsigned mask, const void* value, std::size_t size) : index_(-1) {
   const unsigned warp = machine.current / 32;
   const unsigned lane = Lane();

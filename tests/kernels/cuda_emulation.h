@@ -97,6 +97,8 @@ CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank
                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
                      CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                      CUtensorMapFloatOOBfill fill);
+// Whether this launch does what is asynchronous as late as allowed, not as early.
+bool IsLazy();
 
 }  // namespace spillway::emulation
 
@@ -132,6 +134,7 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   }
   return ballot;
 }
+inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline unsigned __match_any_sync(unsigned mask, unsigned value) {
   const spillway::emulation::Meeting meeting(mask, &value, sizeof(value));
   unsigned peers = 0;
@@ -270,3 +273,5 @@ cudaError_t LaunchDependent(void (*kernel)(Params...), unsigned num_ctas, unsign
 }
 
 }  // namespace spillway::cuda
+
+#include "tests/kernels/cuda_emulated_wgmma.h"

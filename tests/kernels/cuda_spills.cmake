@@ -1,4 +1,5 @@
-# cmake -DREPORTS=<folder> -P cuda_spills.cmake: fails where ptxas reports a register spill in an attention or gather kernel.
+# cmake -DREPORTS=<folder> -P cuda_spills.cmake: fails where ptxas reports a register spill in an attention or gather kernel, or
+# that wgmma's products wait for each other.
 file(GLOB reports ${REPORTS}/attention_*.ptxas.txt ${REPORTS}/gather.ptxas.txt)
 list(LENGTH reports num_reports)
 if(num_reports LESS 4)
@@ -7,11 +8,13 @@ endif()
 set(num_kernels 0)
 set(spilled)
 foreach(report IN LISTS reports)
-  file(STRINGS ${report} lines REGEX "Compiling entry function|bytes spill stores")
+  file(STRINGS ${report} lines REGEX "Compiling entry function|bytes spill stores|instructions are serialized")
   set(kernel "?")
   foreach(line IN LISTS lines)
     if(line MATCHES "Compiling entry function '([^']*)' for '([^']*)'")
       set(kernel "${CMAKE_MATCH_1} for ${CMAKE_MATCH_2}")
+    elseif(line MATCHES "instructions are serialized")
+      list(APPEND spilled "${line}")
     elseif(line MATCHES "([0-9]+) bytes spill stores, ([0-9]+) bytes spill loads")
       math(EXPR num_kernels "${num_kernels} + 1")
       if(NOT CMAKE_MATCH_1 EQUAL 0 OR NOT CMAKE_MATCH_2 EQUAL 0)
