@@ -3,6 +3,7 @@
 // A computing warpgroup of attention_hopper.cu.
 
 #include "kernels/cuda/attention_hopper_shared.cuh"
+#include "kernels/cuda/attention_tile.cuh"
 #include "kernels/cuda/intrinsics.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/numeric.cuh"
@@ -10,16 +11,6 @@
 namespace spillway::cuda::hopper {
 
 inline constexpr int kRowsPerWarp = 16;
-
-// Over the four lanes that share a row.
-__device__ __forceinline__ float QuadSum(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-__device__ __forceinline__ float QuadMax(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
 
 // Words 0 to 3 of lane q of a quad go to lanes 0 to 3, each the q-th.
 __device__ __forceinline__ uint4 TransposeQuad(const std::uint32_t (&words)[4]) {
