@@ -111,8 +111,8 @@ class TileFeed {
     if (lane == 0) ArriveExpecting(shared.is_full[stage], num_strips() * (Memory::kStripBytes + kBiasBytes));
     __syncwarp();
     if (lane >= num_strips()) return;
-    CopyBox(shared.stages[stage] + lane * Memory::kStripBytes, map, block_id_ * strips_per_block_ + kv_head_, 0,
-            shared.is_full[stage]);
+    CopyBoxOnce(shared.stages[stage] + lane * Memory::kStripBytes, map, block_id_ * strips_per_block_ + kv_head_, 0,
+                shared.is_full[stage]);
     if constexpr (kHasBias) {
       const float* const bias = params.row_bias + block_id_ * params.row_bias_stride + kv_head_ * kBlockTokens;
       CopyBulk(reinterpret_cast<std::byte*>(shared.bias[stage] + lane * kBlockTokens),
@@ -365,8 +365,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     DecodeKernel(AttentionParams params, WorkRange range, const __grid_constant__ CUtensorMap map) {
   using Memory = Shared<kDim, kIsBulk>;
   auto& shared = *reinterpret_cast<Memory*>(DynamicShared());
-  AllowDependents();
   if (kIsBulk && threadIdx.x == 0) {
+    PrefetchMap(map);
 #pragma unroll
     for (int stage = 0; stage < Memory::kStages; ++stage) InitBarrier(shared.is_full[stage], 1);
   }

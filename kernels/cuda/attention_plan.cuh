@@ -190,7 +190,8 @@ __device__ inline void WritePlan(const AttentionParams& params, const RowSpan& r
              .num_rows = item.work.num_rows,
              .token = 0,
              .unit_base = 0,
-             .units_per_cta = 0});
+             .run_length = 0,
+             .num_longer_runs = 0});
 }
 
 }  // namespace spillway::cuda

@@ -1,19 +1,31 @@
 #pragma once
 
 // Which CTA of the decoding kernel computes what. A unit is a segment of an item (attention_plan.cuh) that its rows
-// see; units are in order: sequences, kv heads and tiles, segments. CTA c has the units [c, c + 1) * units_per_cta: a
-// run, so that its loads go on without a gap from segment to segment and item to item. An item whose units are all of
-// one run is merged on the way; else it is split. If the workspace has no room for the states of a sequence, who has
-// the first unit of one of its items computes them all.
+// see; units are in order: sequences, kv heads and tiles, segments. A CTA has a run of units, so that its loads go on
+// without a gap from segment to segment and item to item. An item whose units are all of one run is merged on the way;
+// else it is split. If the workspace has no room for the states of a sequence, who has the first unit of one of its
+// items computes them all.
 
 #include "kernels/cuda/attention_plan.cuh"
 
 namespace spillway::cuda {
 
+// Runs of equal length, but for one more unit in the first num_longer of them.
+struct Partition {
+  int length = 0;
+  int num_longer = 0;
+
+  SPILLWAY_HOST_DEVICE int BeginOf(int run) const { return run * length + MinOf(run, num_longer); }
+  SPILLWAY_HOST_DEVICE int RunOf(int unit) const {
+    const int in_longer = num_longer * (length + 1);
+    return unit < in_longer ? unit / (length + 1) : num_longer + (unit - in_longer) / length;
+  }
+};
+
 struct Run {
   int begin = 0;  // units
   int end = 0;
-  int units_per_cta = 0;
+  Partition partition;
   // The sequence of unit `begin`, and what comes before it.
   int sequence = 0;
   int unit_base = 0;
@@ -69,9 +81,11 @@ __device__ inline bool FindRun(const AttentionParams& params, const WorkRange& r
     units_after += warp_units[w];
     states_after += warp_states[w];
   }
-  const int units_per_cta = CeilDiv(total, static_cast<int>(gridDim.x));
-  const int begin = static_cast<int>(blockIdx.x) * units_per_cta;
-  if (begin >= total) return false;
+  const auto num_runs = static_cast<int>(gridDim.x);
+  const Partition partition = {total / num_runs, total % num_runs};
+  const int begin = partition.BeginOf(static_cast<int>(blockIdx.x));
+  const int end = partition.BeginOf(static_cast<int>(blockIdx.x) + 1);
+  if (begin >= end) return false;
   int unit_base = units_after - units;
   if (unit_base <= begin && begin < units_after) {
     std::int64_t state_base = states_after - states;
@@ -83,7 +97,7 @@ __device__ inline bool FindRun(const AttentionParams& params, const WorkRange& r
       unit_base += units_here;
       state_base += work.work.num_states(num_kv_heads);
     }
-    found = {begin, MinOf(begin + units_per_cta, total), units_per_cta, sequence, unit_base, state_base};
+    found = {begin, end, partition, sequence, unit_base, state_base};
   }
   __syncthreads();
   run = found;
@@ -151,7 +165,8 @@ __device__ inline void WritePlan(const AttentionParams& params, const RowSpan& r
              .num_rows = piece.item.work.num_rows,
              .token = 0,
              .unit_base = piece.unit_base,
-             .units_per_cta = run.units_per_cta});
+             .run_length = run.partition.length,
+             .num_longer_runs = run.partition.num_longer});
 }
 
 }  // namespace spillway::cuda

@@ -69,6 +69,10 @@ __device__ __forceinline__ void CopyBulk(std::byte* to, const std::byte* from, i
                     "l"(from), "r"(num_bytes), "r"(SharedAddress(&barrier))
                     : "memory");
 }
+// So that the first copy by it does not wait for it.
+__device__ __forceinline__ void PrefetchMap(const CUtensorMap& map) {
+  SPILLWAY_SM90_ASM("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // The box of a tensor (tensor_map.h) at {0, 0, third, fourth}: of EncodeStrips's, that of strip `fourth` which begins
 // at column `third` of 128 bytes. Zeros, where it is outside; all of its bytes are announced and come in any case.
 // `map` is a __grid_constant__ parameter of the kernel, `to` 1024-byte aligned.
@@ -77,6 +81,17 @@ __device__ __forceinline__ void CopyBox(std::byte* to, const CUtensorMap& map, i
   SPILLWAY_SM90_ASM(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], "
       "[%5];" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(0), "r"(third), "r"(fourth), "r"(SharedAddress(&barrier))
+      : "memory");
+}
+// The same, of what is read once: it is the first to leave L2.
+__device__ __forceinline__ void CopyBoxOnce(std::byte* to, const CUtensorMap& map, int fourth, int third,
+                                            Barrier& barrier) {
+  SPILLWAY_SM90_ASM(
+      "{\n\t.reg .b64 policy;\n\t"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n\t"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %2, %3, %4}], [%5], policy;\n\t}" ::"r"(SharedAddress(to)),
       "l"(&map), "r"(0), "r"(third), "r"(fourth), "r"(SharedAddress(&barrier))
       : "memory");
 }

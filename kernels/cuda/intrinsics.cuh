@@ -91,6 +91,10 @@ __device__ __forceinline__ void CopyAsync(std::byte* to, const std::byte* from) 
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+__device__ __forceinline__ void CopyAsync(float& to, const float& from) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(&from) : "memory");
+}
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most kPending of this thread's committed groups are unfinished.
 template <int kPending>
@@ -114,45 +118,15 @@ __device__ __forceinline__ uint4 LoadOnce(const std::byte* from) {
   return v;
 }
 
-// The next kernel of the stream, if it was launched by LaunchDependent, may start now, where there is room.
-__device__ __forceinline__ void AllowDependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// In such a kernel: until the one before is over, and what it wrote is there. Every thread of it calls this.
-__device__ __forceinline__ void AwaitPrimary() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 template <typename... Params, typename... Args>
-cudaError_t LaunchWith(cudaLaunchAttribute* attribute, void (*kernel)(Params...), unsigned num_ctas,
-                       unsigned num_threads, std::size_t shared_bytes, cudaStream_t stream, Args... args) {
+cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
+                   cudaStream_t stream, Args... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(num_ctas);
   config.blockDim = dim3(num_threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = attribute == nullptr ? 0 : 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-}
-template <typename... Params, typename... Args>
-cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads, std::size_t shared_bytes,
-                   cudaStream_t stream, Args... args) {
-  return LaunchWith(nullptr, kernel, num_ctas, num_threads, shared_bytes, stream, args...);
-}
-// The kernel may start before the one queued before it is over, and calls AwaitPrimary. Compute capability 9.0 or
-// newer.
-template <typename... Params, typename... Args>
-cudaError_t LaunchDependent(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads,
-                            std::size_t shared_bytes, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return LaunchWith(&attribute, kernel, num_ctas, num_threads, shared_bytes, stream, args...);
 }
 
 #endif  // SPILLWAY_CUDA_EMULATION

@@ -120,9 +120,10 @@ struct alignas(16) TokenPlan {
   std::int32_t num_segments;  // of every item; 0: the row is finished
   std::int32_t num_rows;      // query rows of the sequence per kv head
   std::int32_t token;         // within the sequence
-  // Where items are split only if their units fall into several runs (attention_runs.cuh); 0, 0: all of them are.
+  // Where items are split only if their units fall into several runs (attention_runs.cuh); all 0: all of them are.
   std::int32_t unit_base;  // first unit of the sequence
-  std::int32_t units_per_cta;
+  std::int32_t run_length;
+  std::int32_t num_longer_runs;
 };
 
 inline constexpr std::int32_t kNoWindow = 1 << 30;

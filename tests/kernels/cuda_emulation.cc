@@ -46,6 +46,7 @@ constexpr std::size_t kFreeSharedBytes = std::size_t{48} << 10;
 struct PendingCopy {
   std::byte* to;
   const std::byte* from;  // null: zeros
+  int num_bytes;
 };
 
 // By the copy engine, in pieces of 16 bytes.
@@ -254,18 +255,19 @@ namespace {
 
 void Perform(const PendingCopy& copy) {
   if (copy.from != nullptr) {
-    std::memcpy(copy.to, copy.from, 16);
+    std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.num_bytes));
   } else {
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, static_cast<std::size_t>(copy.num_bytes));
   }
 }
 
 }  // namespace
 
-void CopyAsync(std::byte* to, const std::byte* from, bool is_valid) {
-  SPILLWAY_CHECK(reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && reinterpret_cast<std::uintptr_t>(from) % 16 == 0)
+void CopyAsync(std::byte* to, const std::byte* from, int num_bytes, bool is_valid) {
+  const auto size = static_cast<std::uintptr_t>(num_bytes);
+  SPILLWAY_CHECK(reinterpret_cast<std::uintptr_t>(to) % size == 0 && reinterpret_cast<std::uintptr_t>(from) % size == 0)
       << "a misaligned asynchronous copy";
-  const PendingCopy copy = {to, is_valid ? from : nullptr};
+  const PendingCopy copy = {to, is_valid ? from : nullptr, num_bytes};
   if (machine.is_lazy) {
     Current().copies.emplace_back(Current().group, copy);
   } else {
@@ -353,7 +355,7 @@ void CopyBulk(std::byte* to, const std::byte* from, int num_bytes, Barrier& barr
                  num_bytes % 16 == 0)
       << "a misaligned bulk copy";
   BulkCopy copy = {&barrier, {}};
-  for (int i = 0; i < num_bytes; i += 16) copy.pieces.push_back({to + i, from + i});
+  for (int i = 0; i < num_bytes; i += 16) copy.pieces.push_back({to + i, from + i, 16});
   Queue(std::move(copy));
 }
 
@@ -374,7 +376,7 @@ void CopyBox(std::byte* to, const CUtensorMap& map, const int (&at)[4], Barrier&
       from += coordinate * encoded.strides[d];
     }
     for (std::size_t piece = 0; piece < 8; ++piece) {
-      copy.pieces.push_back({to + row * 128 + (piece ^ (row & 7)) * 16, is_inside ? from + piece * 16 : nullptr});
+      copy.pieces.push_back({to + row * 128 + (piece ^ (row & 7)) * 16, is_inside ? from + piece * 16 : nullptr, 16});
     }
   }
   Queue(std::move(copy));

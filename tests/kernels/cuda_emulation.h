@@ -74,7 +74,7 @@ class Meeting {
 };
 
 unsigned Lane();
-void CopyAsync(std::byte* to, const std::byte* from, bool is_valid);
+void CopyAsync(std::byte* to, const std::byte* from, int num_bytes, bool is_valid);
 void CommitCopies();
 void AwaitCopies(int pending);
 
@@ -233,9 +233,14 @@ inline float Exp2Hardware(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126F ? 0.0F : y;  // .ftz
 }
-inline void CopyAsync(std::byte* to, const std::byte* from, bool is_valid) { emulation::CopyAsync(to, from, is_valid); }
+inline void CopyAsync(std::byte* to, const std::byte* from, bool is_valid) {
+  emulation::CopyAsync(to, from, 16, is_valid);
+}
+inline void CopyAsync(float& to, const float& from) {
+  emulation::CopyAsync(reinterpret_cast<std::byte*>(&to), reinterpret_cast<const std::byte*>(&from), 4, true);
+}
 inline int ThreadAnew() { return static_cast<int>(threadIdx.x); }
-inline void CopyAsync(std::byte* to, const std::byte* from) { emulation::CopyAsync(to, from, true); }
+inline void CopyAsync(std::byte* to, const std::byte* from) { emulation::CopyAsync(to, from, 16, true); }
 inline void CommitCopies() { emulation::CommitCopies(); }
 template <int kPending>
 void AwaitCopies() {
@@ -250,8 +255,12 @@ using emulation::InitBarrier;
 inline void Arrive(Barrier& barrier) { emulation::Arrive(barrier, 0); }
 inline void ArriveExpecting(Barrier& barrier, int num_bytes) { emulation::Arrive(barrier, num_bytes); }
 inline void FenceShared() {}
+inline void PrefetchMap(const CUtensorMap& /*map*/) {}
 inline void CopyBox(std::byte* to, const CUtensorMap& map, int strip, int column, Barrier& barrier) {
   emulation::CopyBox(to, map, {0, 0, column, strip}, barrier);
+}
+inline void CopyBoxOnce(std::byte* to, const CUtensorMap& map, int strip, int column, Barrier& barrier) {
+  CopyBox(to, map, strip, column, barrier);
 }
 inline uint4 LoadOnce(const std::byte* from) { return *reinterpret_cast<const uint4*>(from); }
 
@@ -262,14 +271,6 @@ cudaError_t Launch(void (*kernel)(Params...), unsigned num_ctas, unsigned num_th
     return emulation::RunGrid(reinterpret_cast<const void*>(kernel), num_ctas, num_threads, shared_bytes,
                               [&] { kernel(static_cast<Params>(args)...); });
   });
-}
-// Kernels run one after the other.
-inline void AllowDependents() {}
-inline void AwaitPrimary() {}
-template <typename... Params, typename... Args>
-cudaError_t LaunchDependent(void (*kernel)(Params...), unsigned num_ctas, unsigned num_threads,
-                            std::size_t shared_bytes, cudaStream_t stream, Args... args) {
-  return Launch(kernel, num_ctas, num_threads, shared_bytes, stream, args...);
 }
 
 }  // namespace spillway::cuda
