@@ -90,7 +90,7 @@ sanitize_all() {  # TOOL...
     return
   fi
   local tool suite
-  for tool in "$@"; do for suite in conformance device; do sanitize "$tool" "$suite"; done; done
+  for tool in "$@"; do for suite in conformance device prefill; do sanitize "$tool" "$suite"; done; done
 }
 if [ "$mode" = sanitize ]; then
   sanitize_all memcheck racecheck synccheck initcheck
