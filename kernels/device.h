@@ -119,8 +119,8 @@ struct CudaDeviceOptions {
   // The slab that MemoryKind::kDevice and the weights come from. 0: what gpu_memory_utilization leaves.
   std::size_t memory_bytes = 0;
   double gpu_memory_utilization = 0.9;  // (0, 1]: share of all device memory, what others hold included
-  // One GEMM algorithm per (N, K) whatever the number of rows, one attention kernel for prefill and decode: a row's bits
-  // then depend on that row alone. Without it, compute capability 9.0 has a faster kernel for prefill.
+  // One GEMM algorithm per (N, K) whatever the number of rows, one attention kernel for prefill and decode: a row's
+  // bits then depend on that row alone. Without it, compute capability 9.0 has a faster kernel for prefill.
   bool batch_invariant = false;
   // Repeated work is queued anew each time, not replayed from a CUDA graph.
   bool enforce_eager = false;
