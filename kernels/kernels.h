@@ -6,8 +6,8 @@
 //
 // What every implementation holds: a row's result depends on that row's inputs alone, never on how many rows
 // share the call, on how they were split into calls, or on the number of workers. That is what makes a batch
-// equal a solo run, and a chunked prefill a whole one, bit for bit. The cuda device holds it where it is batch-invariant
-// (CudaDeviceOptions).
+// equal a solo run, and a chunked prefill a whole one, bit for bit. The cuda device holds it where it is
+// batch-invariant (CudaDeviceOptions).
 
 #include <cstddef>
 #include <cstdint>
