@@ -126,8 +126,9 @@ std::vector<OptionRow> MakeTable() {
        .kind = kFlag,
        .target = SPILLWAY_AT(device.batch_invariant),
        .group = "Device",
-       .help = "Outputs do not depend on the batch: on cuda one algorithm per matrix product and one attention kernel for "
-               "prefill and decode, at some cost. The cpu device is so always.",
+       .help =
+           "Outputs do not depend on the batch: on cuda one algorithm per matrix product and one attention kernel for "
+           "prefill and decode, at some cost. The cpu device is so always.",
        .vllm = "VLLM_BATCH_INVARIANT",
        .environment = "VLLM_BATCH_INVARIANT"},
       {.name = "enforce-eager",
