@@ -1,0 +1,44 @@
+"""Prefill against the peak of a bf16 GEMM: ours and oneDNN's products of the same model, in turns.
+
+    prefill_beside_onednn.py MODEL [ROUNDS]      MODEL: a folder of build/release/model_bench --write
+
+Needs Debian's libdnnl-dev. Prints for 512 and 4,096 tokens what prefill reaches over layer and attention FLOPs, oneDNN's rate at 512 and 2,048 rows just
+before it, and their ratio."""
+
+import os
+import re
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PEER = os.path.join(ROOT, "build/peers/onednn_gemm")
+SECONDS = "2"
+
+
+def output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def prefill(model, length):
+    """tokens/s and GFLOP/s."""
+    text = output(os.path.join(ROOT, "build/release/model_bench"), "--model", model, "--only", f"prefill-{length}")
+    peak = float(re.search(r"bf16 peak (\d+)", text)[1])
+    rate, share = re.search(r"([\d.]+) tokens/s +([\d.]+) % of bf16 peak", text).groups()
+    return float(rate), peak * float(share) / 100
+
+
+def main(model, rounds):
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.makedirs(os.path.dirname(PEER), exist_ok=True)
+    source = os.path.join(ROOT, "bench/peers/onednn_gemm.cc")
+    subprocess.run(["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", source, "-o", PEER, "-ldnnl"], check=True)
+    for _ in range(rounds):
+        for length, rows in ((512, 512), (4096, 2048)):
+            peer = output(PEER, str(rows), SECONDS).strip()
+            tokens, ours = prefill(model, length)
+            print(f"prefill {length:5}: {tokens:6.0f} tokens/s, {ours:5.0f} GFLOP/s = {100 * ours / float(peer.split()[0]):3.0f} % of oneDNN's GEMM "
+                  f"at {rows} rows ({peer})", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3)
