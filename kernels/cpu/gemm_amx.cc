@@ -30,9 +30,10 @@ constexpr std::int64_t kSumBytes = 4;
 constexpr std::int64_t kSumsStride = kPanelColumns * kSumBytes;
 constexpr std::int64_t kHalfStride = kDotHalfColumns * kSumBytes;
 constexpr std::int64_t kBlockBytes = 2 * kDotHalfBytes;
+constexpr std::int64_t kQuarterBytes = kBlockBytes / 4;
 // How many blocks ahead of its use a panel is fetched into the second-level cache, which has more reads under way than
 // the first.
-constexpr std::int64_t kBlocksAhead = 8;
+constexpr std::int64_t kBlocksAhead = 4;
 // Blocks of a panel that stay in the first-level cache while many rows stream by.
 constexpr std::int64_t kResidentBlocks = 20;
 
@@ -103,7 +104,16 @@ inline void FetchLines(const std::byte* from, std::int64_t size_bytes) {
   for (std::int64_t i = 0; i < size_bytes; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
 }
 
-// Few rows: the panel comes from memory and is read once, while the rows stay in the nearest cache.
+// What is fetched with a block of a panel that is read once.
+inline const std::byte* BlockAhead(const DotPiece& piece, std::int64_t block) {
+  const std::int64_t ahead = block + kBlocksAhead - piece.num_blocks;
+  if (ahead < 0) return piece.panel + (block + kBlocksAhead) * kBlockBytes;
+  // Nothing follows: lines that are there already.
+  return (ahead + 1) * kBlockBytes <= piece.next.size_bytes ? piece.next.data + ahead * kBlockBytes : piece.panel;
+}
+
+// Few rows: the panel comes from memory and is read once, while the rows stay in the nearest cache. A quarter of a
+// block is fetched between two loads, which would wait behind all of it.
 template <Element kElement, bool kHasLower>
 SPILLWAY_AMX void MultiplyFew(const DotPiece& piece) {
   const std::byte* const a = piece.a.data;
@@ -111,18 +121,17 @@ SPILLWAY_AMX void MultiplyFew(const DotPiece& piece) {
   Beside beside(piece);
   for (std::int64_t block = 0; block < piece.num_blocks; ++block) {
     const std::byte* const panel = piece.panel + block * kBlockBytes;
-    const std::int64_t ahead = block + kBlocksAhead - piece.num_blocks;
-    if (ahead < 0) {
-      FetchLines(panel + kBlocksAhead * kBlockBytes, kBlockBytes);
-    } else if ((ahead + 1) * kBlockBytes <= piece.next.size_bytes) {
-      FetchLines(piece.next.data + ahead * kBlockBytes, kBlockBytes);
-    }
+    const std::byte* const ahead = BlockAhead(piece, block);
+    FetchLines(ahead, kQuarterBytes);
     beside.Block();
     _tile_stream_loadd(6, panel, kDotBlockBytes);
+    FetchLines(ahead + kQuarterBytes, kQuarterBytes);
     _tile_loadd(4, a + block * piece.a.block_stride, piece.a.row_stride);
     SPILLWAY_TILE_DOT(0, 4, 6);
+    FetchLines(ahead + 2 * kQuarterBytes, kQuarterBytes);
     _tile_stream_loadd(7, panel + kDotHalfBytes, kDotBlockBytes);
     SPILLWAY_TILE_DOT(1, 4, 7);
+    FetchLines(ahead + 3 * kQuarterBytes, kQuarterBytes);
     if constexpr (kHasLower) {
       _tile_loadd(5, lower + block * piece.a.block_stride, piece.a.row_stride);
       SPILLWAY_TILE_DOT(2, 5, 6);
