@@ -221,8 +221,10 @@ __device__ void AttendItem(const AttentionParams& params, const WorkRange& range
   }
 }
 
+// Vectors of floats need more registers than a fourth CTA leaves (on sm_120, by two).
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, 4) PlainAttentionKernel(AttentionParams params, WorkRange range) {
+__global__ void __launch_bounds__(kThreads, kVector == 4 ? 3 : 4)
+    PlainAttentionKernel(AttentionParams params, WorkRange range) {
   __shared__ PlainShared shared;
   ItemCursor cursor;
   AttentionItem item;
