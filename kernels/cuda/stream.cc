@@ -214,7 +214,7 @@ void CudaStream::Copies::Add(std::byte* destination, const std::byte* source, st
   sizes.push_back(size_bytes);
 }
 
-cudaError_t CudaStream::Copies::Queue(cudaStream_t stream) {
+cudaError_t CudaStream::Copies::Queue(cudaStream_t stream) const {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (const cudaError_t error = cudaStreamIsCapturing(stream, &capture); error != cudaSuccess) return error;
 #if CUDART_VERSION >= 13000

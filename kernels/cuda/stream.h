@@ -118,7 +118,7 @@ class CudaStream final : public Stream {
     std::vector<std::size_t> sizes;
 
     void Add(std::byte* destination, const std::byte* source, std::size_t size_bytes);
-    cudaError_t Queue(cudaStream_t stream);  // and forgets them
+    cudaError_t Queue(cudaStream_t stream) const;
   };
   static absl::Status Create(Handles& handles);
   static void Destroy(const Handles& handles);
@@ -127,7 +127,7 @@ class CudaStream final : public Stream {
   void QueueHeld() {
     if (!held_.to.empty()) QueueCopies(held_);
   }
-  void QueueCopies(Copies& copies);
+  void QueueCopies(Copies& copies);  // and forgets them
   std::shared_ptr<Event> RecordWith(unsigned flags);
   void NotifyIfDead() const;
   cudaGraphExec_t RecordGraph(const std::function<void()>& queue);
