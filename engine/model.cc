@@ -345,9 +345,10 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
   const Workspace& w = workspace_;
   const std::int64_t num_tokens = arrays.num_tokens;
   const auto gemm = [&](const std::byte* a, std::int64_t rows, const PackedMatrix& weight, GemmOutput output,
-                        float* out) {
-    kernels.Gemm(stream,
-                 {.a = a, .a_dtype = dtype_, .num_rows = rows, .weight = &weight, .output = output, .out = out});
+                        float* out, const PackedMatrix& next) {
+    kernels.Gemm(
+        stream,
+        {.a = a, .a_dtype = dtype_, .num_rows = rows, .weight = &weight, .output = output, .out = out, .next = &next});
   };
   const auto norm = [&](const float* weight, const std::int32_t* rows, std::int64_t num_rows, std::byte* out) {
     kernels.RmsNorm(stream, {.x = w.residual,
@@ -374,7 +375,7 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
     const Layer& layer = layers_[static_cast<std::size_t>(i)];
     norm(layer.input_norm, nullptr, num_tokens, w.narrow);
     if (arrays.input_writer != nullptr) arrays.input_writer->Write(stream, i, w.narrow);
-    gemm(w.narrow, num_tokens, *layer.qkv, GemmOutput::kStore, w.wide);
+    gemm(w.narrow, num_tokens, *layer.qkv, GemmOutput::kStore, w.wide, *layer.output);
     kernels.RopeAppend(stream, {.qkv = w.wide,
                                 .cos_sin = w.cos_sin,
                                 .positions = arrays.positions,
@@ -386,7 +387,7 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
                                 .q = w.query,
                                 .q_dtype = dtype_});
     Attend(stream, arrays, kv, i);
-    gemm(w.narrow, num_tokens, *layer.output, GemmOutput::kAdd, w.residual);
+    gemm(w.narrow, num_tokens, *layer.output, GemmOutput::kAdd, w.residual, *layer.gate_up);
     norm(layer.post_norm, nullptr, num_tokens, w.narrow);
     kernels.GateUp(stream, {.a = w.narrow,
                             .a_dtype = dtype_,
@@ -394,12 +395,15 @@ const float* DenseDecoder::Forward(Stream& stream, const StepArrays& arrays, con
                             .weight = layer.gate_up.get(),
                             .product = w.wide,
                             .out = w.inner,
-                            .out_dtype = dtype_});
-    gemm(w.inner, num_tokens, *layer.down, GemmOutput::kAdd, w.residual);
+                            .out_dtype = dtype_,
+                            .next = layer.down.get()});
+    const bool is_last = i + 1 == config_.num_layers;
+    gemm(w.inner, num_tokens, *layer.down, GemmOutput::kAdd, w.residual,
+         is_last ? *head_ : *layers_[static_cast<std::size_t>(i) + 1].qkv);
   }
   if (arrays.num_sampled == 0) return w.logits;
   norm(final_norm_, arrays.sampled_rows, arrays.num_sampled, w.last);
-  gemm(w.last, arrays.num_sampled, *head_, GemmOutput::kStore, w.logits);
+  gemm(w.last, arrays.num_sampled, *head_, GemmOutput::kStore, w.logits, *layers_[0].qkv);
   return w.logits;
 }
 

@@ -3,7 +3,12 @@
 namespace spillway {
 
 GemmArgs GemmOf(const GateUpArgs& args) {
-  return {.a = args.a, .a_dtype = args.a_dtype, .num_rows = args.num_rows, .weight = args.weight, .out = args.product};
+  return {.a = args.a,
+          .a_dtype = args.a_dtype,
+          .num_rows = args.num_rows,
+          .weight = args.weight,
+          .out = args.product,
+          .next = args.next};
 }
 
 SiluMulArgs SiluMulOf(const GateUpArgs& args) {

@@ -83,6 +83,8 @@ struct GemmArgs {
   const float* bias = nullptr;  // [weight.rows] or null
   GemmOutput output = GemmOutput::kStore;
   float* out = nullptr;  // [num_rows, weight.rows]
+  // A hint: the weight that the stream multiplies by next, so that the cpu device may fetch it while workers are idle.
+  const PackedMatrix* next = nullptr;
 };
 
 // cos_sin[t, i] = cos(a), cos_sin[t, half + i] = sin(a) with a = positions[t] * inverse_frequency[i], computed in
@@ -186,6 +188,7 @@ struct GateUpArgs {
   float* product = nullptr;              // [num_rows, 2 * inner], working memory
   std::byte* out = nullptr;              // [num_rows, inner] of out_dtype, apart from `a`
   DType out_dtype = DType::kF32;
+  const PackedMatrix* next = nullptr;  // as in GemmArgs
 };
 
 GemmArgs GemmOf(const GateUpArgs& args);

@@ -58,14 +58,25 @@ class PanelMatrix final : public CpuMatrix {
       : CpuMatrix(rows, cols, panels.size_bytes), bodies_(bodies), dtype_(dtype), panels_(std::move(panels)) {}
 
   absl::Status Multiply(const WorkPlace& place, const GemmArgs& args) const override;
+  UpcomingReads ReadsOf(std::int64_t num_rows, const WorkerPool& pool) const override;
 
  private:
   std::int64_t num_panels() const { return (rows() + kPanelColumns - 1) / kPanelColumns; }
+  std::int64_t PanelsPerSlice(const WorkerPool& pool) const {
+    return std::clamp<std::int64_t>(num_panels() / (4 * pool.num_workers()), 1, kMaxPanelsPerSlice);
+  }
 
   const GemmBodies& bodies_;
   const DType dtype_;
   const Buffer panels_;
 };
+
+UpcomingReads PanelMatrix::ReadsOf(std::int64_t num_rows, const WorkerPool& pool) const {
+  if (num_rows > bodies_.rows_per_block) return {};
+  const std::int64_t panels_per_slice = PanelsPerSlice(pool);
+  const std::int64_t panel_bytes = kPanelColumns * cols() * static_cast<std::int64_t>(SizeOf(dtype_));
+  return {panels_.get(), panels_per_slice * panel_bytes, (num_panels() + panels_per_slice - 1) / panels_per_slice};
+}
 
 absl::Status PanelMatrix::Multiply(const WorkPlace& place, const GemmArgs& args) const {
   if (args.a_dtype != dtype_) return ActivationsUnlikeWeight(args, dtype_);
@@ -84,12 +95,11 @@ absl::Status PanelMatrix::Multiply(const WorkPlace& place, const GemmArgs& args)
     for (std::int64_t block = 0; block < num_blocks; ++block) pack(block, place.worker);
   }
 
-  const std::int64_t panels_per_slice =
-      std::clamp<std::int64_t>(num_panels() / (4 * place.pool.num_workers()), 1, kMaxPanelsPerSlice);
+  const std::int64_t panels_per_slice = PanelsPerSlice(place.pool);
   const std::int64_t num_slices = (num_panels() + panels_per_slice - 1) / panels_per_slice;
   const std::int64_t blocks_per_pass = std::max<std::int64_t>(1, kRowsPerPass / bodies_.rows_per_block);
   const auto run = dtype_ == DType::kF32 ? bodies_.f32 : bodies_.bf16;
-  place.pool.ParallelFor(num_slices, place.worker, [&](std::int64_t slice, Scratch& scratch) {
+  const auto multiply = [&](std::int64_t slice, Scratch& scratch) {
     for (std::int64_t block = 0; block < num_blocks; block += blocks_per_pass) {
       const std::int64_t block_end = std::min(block + blocks_per_pass, num_blocks);
       const std::int64_t begin = BlockBegin(block, num_blocks, args.num_rows);
@@ -109,7 +119,8 @@ absl::Status PanelMatrix::Multiply(const WorkPlace& place, const GemmArgs& args)
       work.sums = reinterpret_cast<float*>(scratch.Get(static_cast<std::size_t>(sums) * sizeof(float)));
       run(work);
     }
-  });
+  };
+  place.pool.ParallelFor(num_slices, place.worker, multiply, ReadsOfNext(args.next, args.num_rows, place.pool));
   return absl::OkStatus();
 }
 
@@ -117,6 +128,10 @@ absl::Status PanelMatrix::Multiply(const WorkPlace& place, const GemmArgs& args)
 
 absl::Status CpuMatrix::MultiplyGateUp(const WorkPlace&, const GateUpArgs&) const {
   return absl::InternalError("this matrix does not multiply gate and up in one pass");
+}
+
+UpcomingReads ReadsOfNext(const PackedMatrix* next, std::int64_t num_rows, const WorkerPool& pool) {
+  return next != nullptr ? static_cast<const CpuMatrix*>(next)->ReadsOf(num_rows, pool) : UpcomingReads{};
 }
 
 std::vector<const std::byte*> RowsOf(std::span<const MatrixView> parts) {

@@ -112,10 +112,15 @@ class CpuMatrix : public PackedMatrix {
   // Whether it makes a GateUp in one pass; if so, on the stream's thread.
   virtual bool MultipliesGateUp() const { return false; }
   virtual absl::Status MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const;
+  // What the workers read of it when they multiply by few rows; of more: nothing, they share it in another way.
+  virtual UpcomingReads ReadsOf(std::int64_t num_rows, const WorkerPool& pool) const = 0;
 
  protected:
   using PackedMatrix::PackedMatrix;
 };
+
+// Of a product that is followed by another of as many rows by `next`, which may be null.
+UpcomingReads ReadsOfNext(const PackedMatrix* next, std::int64_t num_rows, const WorkerPool& pool);
 
 // The rows of stacked parts, which a file may have laid at any address.
 std::vector<const std::byte*> RowsOf(std::span<const MatrixView> parts);

@@ -20,6 +20,8 @@ constexpr std::int64_t kChunkBytes = std::int64_t{768} << 10;
 // Of a matrix of several chunks sums of all panels of a slice are kept from chunk to chunk.
 constexpr std::int64_t kPanelsPerKeptSlice = 8;
 constexpr std::int64_t kPanelsPerSlice = 4;
+// Of panels that are read once: small enough that no worker waits long for the one with the last slice.
+constexpr std::int64_t kBytesPerSliceReadOnce = std::int64_t{128} << 10;
 // From so many rows per worker on, workers share rows, not columns: weights are read by each, but rows, which a
 // worker's part of the kernels before made, are in its caches.
 constexpr std::int64_t kRowsPerWorker = 128;
@@ -74,6 +76,7 @@ class DotMatrix final : public CpuMatrix {
   absl::Status Multiply(const WorkPlace& place, const GemmArgs& args) const override;
   bool MultipliesGateUp() const override { return weights_.is_paired; }
   absl::Status MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const override;
+  UpcomingReads ReadsOf(std::int64_t num_rows, const WorkerPool& pool) const override;
 
  private:
   std::int64_t num_panels() const { return (rows() + kPanelColumns - 1) / kPanelColumns; }
@@ -88,6 +91,7 @@ class DotMatrix final : public CpuMatrix {
   struct Output {
     const GemmArgs* gemm = nullptr;  // one of the two
     const GateUpArgs* gate_up = nullptr;
+    const PackedMatrix* next = nullptr;  // of that one
   };
   struct Slice {
     std::int64_t row_begin = 0;
@@ -123,6 +127,12 @@ class DotMatrix final : public CpuMatrix {
   std::int64_t BlocksPerChunk(std::int64_t num_rows) const {
     return num_rows <= kDotPieceRows ? num_blocks() : EqualParts(num_blocks(), kBlocksPerChunk);
   }
+  std::int64_t PanelsPerSlice(std::int64_t num_rows) const {
+    if (num_rows <= kDotPieceRows) {
+      return std::clamp<std::int64_t>(kBytesPerSliceReadOnce / PanelBytes(), 1, kPanelsPerSlice);
+    }
+    return BlocksPerChunk(num_rows) < num_blocks() ? kPanelsPerKeptSlice : kPanelsPerSlice;
+  }
   // The first column of a panel and of its second half.
   std::array<std::int64_t, 2> ColumnsOf(std::int64_t panel) const {
     if (!weights_.is_paired) return {panel * kPanelColumns, panel * kPanelColumns + kDotHalfColumns};
@@ -135,8 +145,9 @@ class DotMatrix final : public CpuMatrix {
     return PanelData(slice.next_begin, 0);
   }
   const std::byte* PanelData(std::int64_t panel, std::int64_t block) const {
-    return weights_.panels.get() + (panel * num_blocks() + block) * 2 * kDotHalfBytes;
+    return weights_.panels.get() + panel * PanelBytes() + block * 2 * kDotHalfBytes;
   }
+  std::int64_t PanelBytes() const { return num_blocks() * 2 * kDotHalfBytes; }
 
   const DotBody body_;
   const GemmBodies& bodies_;
@@ -313,10 +324,10 @@ absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a,
   // In whole pieces.
   const std::int64_t num_pieces = (num_rows + kDotPieceRows - 1) / kDotPieceRows;
   const std::int64_t rows_per_pass = (num_pieces + num_passes - 1) / num_passes * kDotPieceRows;
-  const std::int64_t panels_per_slice = blocks_per_chunk < num_blocks() ? kPanelsPerKeptSlice : kPanelsPerSlice;
+  const std::int64_t panels_per_slice = PanelsPerSlice(num_rows);
   const std::int64_t num_slices = (num_panels() + panels_per_slice - 1) / panels_per_slice;
   const std::int64_t num_items = (num_rows + rows_per_pass - 1) / rows_per_pass * num_slices;
-  place.pool.ParallelFor(num_items, place.worker, [&](std::int64_t item, Scratch& scratch) {
+  const auto multiply = [&](std::int64_t item, Scratch& scratch) {
     const std::int64_t row_begin = item / num_slices * rows_per_pass;
     const std::int64_t begin = item % num_slices * panels_per_slice;
     MultiplySlice(arranged, output,
@@ -326,18 +337,26 @@ absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a,
                    .end = std::min(begin + panels_per_slice, num_panels()),
                    .next_begin = (item + 1) % num_slices * panels_per_slice},
                   scratch);
-  });
+  };
+  place.pool.ParallelFor(num_items, place.worker, multiply, ReadsOfNext(output.next, num_rows, place.pool));
   return absl::OkStatus();
 }
 
 absl::Status DotMatrix::Multiply(const WorkPlace& place, const GemmArgs& args) const {
   if (!is_int8() && args.a_dtype != DType::kBF16) return ActivationsUnlikeWeight(args, DType::kBF16);
-  return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gemm = &args});
+  return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gemm = &args, .next = args.next});
 }
 
 absl::Status DotMatrix::MultiplyGateUp(const WorkPlace& place, const GateUpArgs& args) const {
   if (!is_int8() && args.a_dtype != DType::kBF16) return ActivationsUnlikeWeight(GemmOf(args), DType::kBF16);
-  return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gate_up = &args});
+  return MultiplyRows(place, args.a, args.a_dtype, args.num_rows, {.gate_up = &args, .next = args.next});
+}
+
+UpcomingReads DotMatrix::ReadsOf(std::int64_t num_rows, const WorkerPool& /*pool*/) const {
+  if (num_rows > kDotPieceRows) return {};
+  const std::int64_t panels_per_slice = PanelsPerSlice(num_rows);
+  return {weights_.panels.get(), panels_per_slice * PanelBytes(),
+          (num_panels() + panels_per_slice - 1) / panels_per_slice};
 }
 
 // Gate and up: 16 columns of each make a panel, so that what is made of both follows each piece.

@@ -23,4 +23,13 @@ bool SpinUntil(Reached reached) {
   return reached();
 }
 
+// Before that, a little work at a time, while do_some() says that there was some.
+template <typename Reached, typename DoSome>
+bool SpinUntil(Reached reached, DoSome do_some) {
+  while (!reached()) {
+    if (!do_some()) return SpinUntil(reached);
+  }
+  return true;
+}
+
 }  // namespace spillway::cpu

@@ -1,5 +1,6 @@
 #include "kernels/cpu/worker_pool.h"
 
+#include <algorithm>
 #include <cstddef>
 
 #include "kernels/check.h"
@@ -8,6 +9,9 @@
 namespace spillway::cpu {
 
 namespace {
+
+// A part of a second-level cache, beside what a worker has there.
+constexpr std::int64_t kFetchBytes = std::int64_t{256} << 10;
 
 constexpr std::uint64_t SharePacked(std::uint64_t begin, std::uint64_t end) { return end << 32U | begin; }
 
@@ -46,6 +50,20 @@ WorkerPool::~WorkerPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
+bool WorkerPool::Unfetched::FetchSome() {
+  if (at >= end) return false;
+  for (int line = 0; line < 8; ++line, at += 64) __builtin_prefetch(at, 0, 2);
+  return true;
+}
+
+WorkerPool::Unfetched WorkerPool::UnfetchedOf(std::size_t worker) const {
+  const auto w = static_cast<std::int64_t>(worker);
+  const std::int64_t begin = ShareBegin(upcoming_.num_items, w);
+  const std::int64_t share_bytes = (ShareBegin(upcoming_.num_items, w + 1) - begin) * upcoming_.item_bytes;
+  const std::byte* const at = upcoming_.data + begin * upcoming_.item_bytes;
+  return {at, at + std::min(share_bytes, kFetchBytes)};
+}
+
 void WorkerPool::RunItems(std::size_t worker, Scratch& scratch) {
   for (std::size_t i = 0; i < shares_.size(); ++i) {
     std::atomic<std::uint64_t>& share = shares_[(worker + i) % shares_.size()].items;
@@ -53,13 +71,14 @@ void WorkerPool::RunItems(std::size_t worker, Scratch& scratch) {
   }
 }
 
-void WorkerPool::ParallelFor(std::int64_t num_items, Scratch& scratch, Body body) {
+void WorkerPool::ParallelFor(std::int64_t num_items, Scratch& scratch, Body body, const UpcomingReads& upcoming) {
   if (num_items <= 1 || threads_.empty() || !mutex_.try_lock()) {
     for (std::int64_t item = 0; item < num_items; ++item) body(item, scratch);
     return;
   }
   const std::lock_guard<std::mutex> lock(mutex_, std::adopt_lock);
   body_ = &body;
+  upcoming_ = upcoming;
   for (std::size_t worker = 0; worker < shares_.size(); ++worker) {
     const auto w = static_cast<std::int64_t>(worker);
     const auto begin = static_cast<std::uint64_t>(ShareBegin(num_items, w));
@@ -73,16 +92,21 @@ void WorkerPool::ParallelFor(std::int64_t num_items, Scratch& scratch, Body body
   RunItems(0, scratch);
 
   active_.fetch_or(kClosed, std::memory_order_acq_rel);
-  if (SpinUntil([this] { return active_.load(std::memory_order_acquire) == kClosed; })) return;
+  Unfetched unfetched = UnfetchedOf(0);
+  const auto is_done = [this] { return active_.load(std::memory_order_acquire) == kClosed; };
+  if (SpinUntil(is_done, [&unfetched] { return unfetched.FetchSome(); })) return;
   for (std::uint32_t seen; (seen = active_.load(std::memory_order_acquire)) != kClosed;) active_.wait(seen);
 }
 
 void WorkerPool::Work(std::size_t worker) {
   Scratch scratch;
+  Unfetched unfetched;
   std::uint32_t seen = 0;
   while (true) {
     const auto is_new = [this, &seen] { return generation_.load(std::memory_order_acquire) != seen; };
-    if (!SpinUntil(is_new)) generation_.wait(seen, std::memory_order_acquire);
+    if (!SpinUntil(is_new, [&unfetched] { return unfetched.FetchSome(); })) {
+      generation_.wait(seen, std::memory_order_acquire);
+    }
     seen = generation_.load(std::memory_order_acquire);
     if (stop_.load(std::memory_order_relaxed)) return;
 
@@ -91,6 +115,7 @@ void WorkerPool::Work(std::size_t worker) {
     }
     if ((active & kClosed) != 0) continue;
     RunItems(worker, scratch);
+    if (upcoming_.num_items > 0) unfetched = UnfetchedOf(worker);
     if (active_.fetch_sub(1, std::memory_order_acq_rel) == (kClosed | 1U)) active_.notify_one();
   }
 }

@@ -19,6 +19,13 @@
 
 namespace spillway::cpu {
 
+// What the items of a later call read from memory: item i the bytes from data + i * item_bytes on, whole lines.
+struct UpcomingReads {
+  const std::byte* data = nullptr;
+  std::int64_t item_bytes = 0;
+  std::int64_t num_items = 0;  // 0: not known
+};
+
 // Any thread may call; a call that finds the pool busy runs on its own thread alone.
 class WorkerPool {
  public:
@@ -35,8 +42,9 @@ class WorkerPool {
 
   // Runs body for each item in [0, num_items), fewer than 2^32, and returns when all are done. A worker runs the items
   // of its share in ascending order. `scratch` is the calling thread's. What a body writes is visible to the caller
-  // afterwards.
-  void ParallelFor(std::int64_t num_items, Scratch& scratch, Body body);
+  // afterwards. Workers that wait, for others to be done or for the next call, fetch the beginning of their shares of
+  // `upcoming` into their caches; the memory is not touched otherwise, and may be gone by then.
+  void ParallelFor(std::int64_t num_items, Scratch& scratch, Body body, const UpcomingReads& upcoming = {});
 
   // Whether some worker's share of a range begins with the item: no worker runs it right behind the one before.
   bool BeginsShare(std::int64_t item, std::int64_t num_items) const {
@@ -50,6 +58,16 @@ class WorkerPool {
     std::atomic<std::uint64_t> items{0};
   };
 
+  // What a worker has still to fetch.
+  struct Unfetched {
+    const std::byte* at = nullptr;
+    const std::byte* end = nullptr;
+
+    // A few lines; false if there are none.
+    bool FetchSome();
+  };
+
+  Unfetched UnfetchedOf(std::size_t worker) const;
   std::int64_t ShareBegin(std::int64_t num_items, std::int64_t worker) const {
     return num_items * worker / num_workers();
   }
@@ -57,11 +75,12 @@ class WorkerPool {
   void RunItems(std::size_t worker, Scratch& scratch);
 
   // active_: number of threads inside the current call; kClosed while no further ones may enter. Opening it
-  // publishes body_ and shares_; they are rewritten only while it is closed and empty.
+  // publishes body_, upcoming_ and shares_; they are rewritten only while it is closed and empty.
   static constexpr std::uint32_t kClosed = 1U << 31;
 
   std::mutex mutex_;  // held by the one caller the pool works for
   const Body* body_ = nullptr;
+  UpcomingReads upcoming_;
   std::vector<Share> shares_;  // by worker, the caller's first
   alignas(64) std::atomic<std::uint32_t> active_{kClosed};
   alignas(64) std::atomic<std::uint32_t> generation_{0};  // what idle workers wait on

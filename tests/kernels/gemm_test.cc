@@ -30,6 +30,7 @@ std::vector<float> RunGemm(Rig& rig, const Array& a, const PackedMatrix& weight,
   args.bias = bias != nullptr ? bias->data() : nullptr;
   args.output = before != nullptr ? GemmOutput::kAdd : GemmOutput::kStore;
   args.out = out.data();
+  args.next = &weight;
   rig.kernels().Gemm(rig.stream(), args);
   rig.Finish();
   return out;

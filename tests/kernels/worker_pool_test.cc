@@ -1,5 +1,7 @@
 #include "kernels/cpu/worker_pool.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -42,6 +44,27 @@ TEST_P(WorkerPoolTest, SharesAreNeighbouringItemsInAscendingOrder) {
   alone.ParallelFor(20, scratch, [&items](std::int64_t item, Scratch&) { items.push_back(item); });
   for (std::size_t i = 0; i < items.size(); ++i) EXPECT_EQ(items[i], static_cast<std::int64_t>(i));
   EXPECT_EQ(items.size(), 20U);
+}
+
+// Of memory that may not be read at all: it is fetched at most.
+TEST_P(WorkerPoolTest, UpcomingReadsAreNotTouched) {
+  constexpr std::int64_t kItemBytes = 4096;
+  constexpr std::int64_t kNumItems = 200;
+  constexpr std::size_t kBytes = kItemBytes * kNumItems;
+  void* const memory = mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  {
+    WorkerPool pool(GetParam());
+    Scratch scratch;
+    for (int round = 0; round < 100; ++round) {
+      std::vector<int> runs(20);
+      const UpcomingReads upcoming = {static_cast<const std::byte*>(memory), kItemBytes, round % 2 * kNumItems};
+      pool.ParallelFor(
+          20, scratch, [&runs](std::int64_t item, Scratch&) { ++runs[static_cast<std::size_t>(item)]; }, upcoming);
+      for (const int count : runs) ASSERT_EQ(count, 1);
+    }
+  }
+  EXPECT_EQ(munmap(memory, kBytes), 0);
 }
 
 TEST_P(WorkerPoolTest, ScratchBelongsToOneThreadAtATime) {
