@@ -1,15 +1,13 @@
 """Prefill against the peak of a bf16 GEMM: ours and oneDNN's products of the same model, in turns.
 
-    prefill_beside_onednn.py MODEL [ROUNDS]      MODEL: a folder of build/release/model_bench --write
+Needs Debian's libdnnl-dev. Prints for 512 and 4,096 tokens what prefill reaches over layer and attention FLOPs, oneDNN's
+rate at 512 and 2,048 rows just before it, and their ratio."""
 
-Needs Debian's libdnnl-dev. Prints for 512 and 4,096 tokens what prefill reaches over layer and attention FLOPs, oneDNN's rate at 512 and 2,048 rows just
-before it, and their ratio."""
-
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PEER = os.path.join(ROOT, "build/peers/onednn_gemm")
@@ -46,9 +44,14 @@ def main(model, rounds):
         for length, rows in ((512, 512), (4096, 2048)):
             peer = output(PEER, str(rows), SECONDS).strip()
             tokens, ours = prefill(model, length)
-            print(f"prefill {length:5}: {tokens:6.0f} tokens/s, {ours:5.0f} GFLOP/s = {100 * ours / float(peer.split()[0]):3.0f} % of oneDNN's GEMM "
-                  f"at {rows} rows ({peer})", flush=True)
+            share = 100 * ours / float(peer.split()[0])
+            print(f"prefill {length:5}: {tokens:6.0f} tokens/s, {ours:5.0f} GFLOP/s = {share:3.0f} % of oneDNN's GEMM at {rows} rows ({peer})",
+                  flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder of build/release/model_bench --write")
+    parser.add_argument("rounds", type=int, nargs="?", default=3)
+    parsed = parser.parse_args()
+    main(parsed.model, parsed.rounds)

@@ -83,6 +83,7 @@ TEST_P(WorkerPoolTest, ScratchBelongsToOneThreadAtATime) {
 TEST_P(WorkerPoolTest, CallersOnSeveralThreadsDoNotDisturbEachOther) {
   WorkerPool pool(GetParam());
   std::vector<std::thread> callers;
+  callers.reserve(3);
   std::atomic<std::int64_t> total = 0;
   for (int c = 0; c < 3; ++c) {
     callers.emplace_back([&pool, &total] {
