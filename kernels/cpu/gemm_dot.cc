@@ -28,6 +28,8 @@ constexpr std::int64_t kRowsPerWorker = 128;
 // Up to so many rows are rearranged by one worker.
 constexpr std::int64_t kRowsPerItem = 16;
 constexpr std::int64_t kInt8RowsPerItem = 4;
+// Of a group of INT8: q + 128 instead of q.
+constexpr std::uint32_t kInt8Offset = 0x80808080;
 constexpr std::int64_t kSumBytes = 4;
 constexpr std::int64_t kSumsRowBytes = kPanelColumns * kSumBytes;
 
@@ -37,9 +39,11 @@ std::int64_t EqualParts(std::int64_t total, std::int64_t most) {
   return (total + parts - 1) / parts;
 }
 
-// Columns [0, columns.size()) of a panel, each `depth_bytes` long, at any address. Block by block, so that what is
-// written stays in the first-level cache until its lines are complete.
-void PackPanel(std::span<const std::byte* const> columns, std::int64_t depth_bytes, std::byte* panel) {
+// Columns [0, columns.size()) of a panel, each `depth_bytes` long, at any address; the bits of `flip` are inverted in
+// every group. Block by block, so that what is written stays in the first-level cache until its lines are complete.
+void PackPanel(std::span<const std::byte* const> columns, std::int64_t depth_bytes, std::uint32_t flip,
+               std::byte* panel) {
+  static_assert(sizeof(flip) == kDotGroupBytes);
   for (std::int64_t begin = 0; begin < depth_bytes; begin += kDotBlockBytes, panel += 2 * kDotHalfBytes) {
     const std::int64_t size = std::min(depth_bytes - begin, kDotBlockBytes);
     for (std::size_t n = 0; n < columns.size(); ++n) {
@@ -47,11 +51,15 @@ void PackPanel(std::span<const std::byte* const> columns, std::int64_t depth_byt
       std::byte* const to =
           panel + column / kDotHalfColumns * kDotHalfBytes + column % kDotHalfColumns * kDotGroupBytes;
       const std::byte* const from = columns[n] + begin;
+      const auto pack = [&](std::int64_t at, std::int64_t group_bytes) {
+        std::uint32_t group = 0;
+        std::memcpy(&group, from + at, static_cast<std::size_t>(group_bytes));
+        group ^= flip;
+        std::memcpy(to + at * kDotHalfColumns, &group, static_cast<std::size_t>(group_bytes));
+      };
       std::int64_t at = 0;
-      for (; at + kDotGroupBytes <= size; at += kDotGroupBytes) {
-        std::memcpy(to + at * kDotHalfColumns, from + at, kDotGroupBytes);
-      }
-      if (at < size) std::memcpy(to + at * kDotHalfColumns, from + at, static_cast<std::size_t>(size - at));
+      for (; at + kDotGroupBytes <= size; at += kDotGroupBytes) pack(at, kDotGroupBytes);
+      if (at < size) pack(at, size - at);
     }
   }
 }
@@ -407,7 +415,7 @@ absl::StatusOr<std::unique_ptr<CpuMatrix>> PackDotBF16(DotBody body, const GemmB
   ASSIGN_OR_RETURN(DotMatrix::Weights weights, Reserve(parts, rows, 2));
   ForPanels(weights, parts, pool,
             [&](std::int64_t, std::span<const std::byte* const> columns, std::byte* panel, Scratch&) {
-              PackPanel(columns, 2 * weights.cols, panel);
+              PackPanel(columns, 2 * weights.cols, 0, panel);
             });
   return std::make_unique<DotMatrix>(body, bodies, std::move(weights));
 }
@@ -426,10 +434,9 @@ absl::StatusOr<std::unique_ptr<CpuMatrix>> PackDotInt8(DotBody body, const GemmB
                 std::int8_t* const column = rounded + static_cast<std::int64_t>(n) * weights.cols;
                 weights.scales[static_cast<std::size_t>(index * kPanelColumns) + n] =
                     bodies.round_to_int8(columns[n], parts[0].dtype, weights.cols, column, kDotBlockBytes).scale;
-                for (std::int64_t k = 0; k < weights.cols; ++k) column[k] = static_cast<std::int8_t>(column[k] ^ 0x80);
                 rounded_columns.push_back(reinterpret_cast<const std::byte*>(column));
               }
-              PackPanel(rounded_columns, weights.cols, panel);
+              PackPanel(rounded_columns, weights.cols, kInt8Offset, panel);
             });
   return std::make_unique<DotMatrix>(body, bodies, std::move(weights));
 }
