@@ -20,8 +20,8 @@ constexpr std::int64_t kChunkBytes = std::int64_t{768} << 10;
 // Of a matrix of several chunks sums of all panels of a slice are kept from chunk to chunk.
 constexpr std::int64_t kPanelsPerKeptSlice = 8;
 constexpr std::int64_t kPanelsPerSlice = 4;
-// Of panels that are read once: small enough that no worker waits long for the one with the last slice.
-constexpr std::int64_t kBytesPerSliceReadOnce = std::int64_t{128} << 10;
+// Of panels that are read once.
+constexpr std::int64_t kMostBytesReadOnce = std::int64_t{256} << 10;
 // From so many rows per worker on, workers share rows, not columns: weights are read by each, but rows, which a
 // worker's part of the kernels before made, are in its caches.
 constexpr std::int64_t kRowsPerWorker = 128;
@@ -100,9 +100,6 @@ class DotMatrix final : public CpuMatrix {
     return num_rows <= kDotPieceRows ? num_blocks() : EqualParts(num_blocks(), kBlocksPerChunk);
   }
   std::int64_t PanelsPerSlice(std::int64_t num_rows) const {
-    if (num_rows <= kDotPieceRows) {
-      return std::clamp<std::int64_t>(kBytesPerSliceReadOnce / PanelBytes(), 1, kPanelsPerSlice);
-    }
     return BlocksPerChunk(num_rows) < num_blocks() ? kPanelsPerKeptSlice : kPanelsPerSlice;
   }
   // The first column of a panel and of its second half.
@@ -286,6 +283,17 @@ absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a,
                                      const Output& output) const {
   if (num_rows == 0) return absl::OkStatus();
   const Activations arranged = Arrange(place, a, a_dtype, num_rows);
+  const UpcomingReads upcoming = ReadsOfNext(output.next, num_rows, place.pool);
+  if (num_rows <= kDotPieceRows) {
+    const auto multiply = [&](std::int64_t begin, std::int64_t end, Scratch& scratch) {
+      MultiplySlice(arranged, output,
+                    {.row_begin = 0, .row_end = num_rows, .begin = begin, .end = end, .next_begin = end % num_panels()},
+                    scratch);
+    };
+    place.pool.ParallelForRanges(num_panels(), std::max<std::int64_t>(kMostBytesReadOnce / PanelBytes(), 1),
+                                 place.worker, multiply, upcoming);
+    return absl::OkStatus();
+  }
   const std::int64_t blocks_per_chunk = BlocksPerChunk(num_rows);
   const std::int64_t most_rows = std::max(kChunkBytes / (blocks_per_chunk * kDotBlockBytes), kDotPieceRows);
   std::int64_t num_passes = (num_rows + most_rows - 1) / most_rows;
@@ -310,7 +318,7 @@ absl::Status DotMatrix::MultiplyRows(const WorkPlace& place, const std::byte* a,
                    .next_begin = (item + 1) % num_slices * panels_per_slice},
                   scratch);
   };
-  place.pool.ParallelFor(num_items, place.worker, multiply, ReadsOfNext(output.next, num_rows, place.pool));
+  place.pool.ParallelFor(num_items, place.worker, multiply, upcoming);
   return absl::OkStatus();
 }
 
@@ -326,9 +334,7 @@ absl::Status DotMatrix::MultiplyGateUp(const WorkPlace& place, const GateUpArgs&
 
 UpcomingReads DotMatrix::ReadsOf(std::int64_t num_rows, const WorkerPool& /*pool*/) const {
   if (num_rows > kDotPieceRows) return {};
-  const std::int64_t panels_per_slice = PanelsPerSlice(num_rows);
-  return {weights_.panels.get(), panels_per_slice * PanelBytes(),
-          (num_panels() + panels_per_slice - 1) / panels_per_slice};
+  return {weights_.panels.get(), PanelBytes(), num_panels()};
 }
 
 }  // namespace

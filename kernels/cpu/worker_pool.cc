@@ -13,18 +13,29 @@ namespace {
 // A part of a second-level cache, beside what a worker has there.
 constexpr std::int64_t kFetchBytes = std::int64_t{256} << 10;
 
+// What is taken at once is such a part of what a share still has.
+constexpr std::uint64_t kRangesPerShare = 4;
+
 constexpr std::uint64_t SharePacked(std::uint64_t begin, std::uint64_t end) { return end << 32U | begin; }
 
-// Takes an item off an end of a share; -1: none is left.
-std::int64_t TakeItem(std::atomic<std::uint64_t>& share, bool is_own) {
+struct Range {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+// Takes items off an end of a share; an empty range: none is left.
+Range TakeItems(std::atomic<std::uint64_t>& share, bool is_own, std::int64_t most) {
   std::uint64_t left = share.load(std::memory_order_relaxed);
   while (true) {
     const std::uint64_t begin = left & 0xffffffffU;
     const std::uint64_t end = left >> 32U;
-    if (begin >= end) return -1;
-    const std::uint64_t rest = is_own ? SharePacked(begin + 1, end) : SharePacked(begin, end - 1);
+    if (begin >= end) return {};
+    const std::uint64_t count =
+        std::clamp<std::uint64_t>((end - begin) / kRangesPerShare, 1, static_cast<std::uint64_t>(most));
+    const std::uint64_t rest = is_own ? SharePacked(begin + count, end) : SharePacked(begin, end - count);
     if (share.compare_exchange_weak(left, rest, std::memory_order_relaxed)) {
-      return static_cast<std::int64_t>(is_own ? begin : end - 1);
+      const auto from = static_cast<std::int64_t>(is_own ? begin : end - count);
+      return {from, from + static_cast<std::int64_t>(count)};
     }
   }
 }
@@ -67,17 +78,28 @@ WorkerPool::Unfetched WorkerPool::UnfetchedOf(std::size_t worker) const {
 void WorkerPool::RunItems(std::size_t worker, Scratch& scratch) {
   for (std::size_t i = 0; i < shares_.size(); ++i) {
     std::atomic<std::uint64_t>& share = shares_[(worker + i) % shares_.size()].items;
-    for (std::int64_t item; (item = TakeItem(share, i == 0)) >= 0;) (*body_)(item, scratch);
+    for (Range range; (range = TakeItems(share, i == 0, most_)).begin < range.end;) {
+      (*body_)(range.begin, range.end, scratch);
+    }
   }
 }
 
 void WorkerPool::ParallelFor(std::int64_t num_items, Scratch& scratch, Body body, const UpcomingReads& upcoming) {
+  const auto one = [&body](std::int64_t begin, std::int64_t end, Scratch& of_worker) {
+    for (std::int64_t item = begin; item < end; ++item) body(item, of_worker);
+  };
+  ParallelForRanges(num_items, 1, scratch, one, upcoming);
+}
+
+void WorkerPool::ParallelForRanges(std::int64_t num_items, std::int64_t most, Scratch& scratch, RangeBody body,
+                                   const UpcomingReads& upcoming) {
   if (num_items <= 1 || threads_.empty() || !mutex_.try_lock()) {
-    for (std::int64_t item = 0; item < num_items; ++item) body(item, scratch);
+    if (num_items > 0) body(0, num_items, scratch);
     return;
   }
   const std::lock_guard<std::mutex> lock(mutex_, std::adopt_lock);
   body_ = &body;
+  most_ = most;
   upcoming_ = upcoming;
   for (std::size_t worker = 0; worker < shares_.size(); ++worker) {
     const auto w = static_cast<std::int64_t>(worker);

@@ -46,6 +46,12 @@ class WorkerPool {
   // `upcoming` into their caches; the memory is not touched otherwise, and may be gone by then.
   void ParallelFor(std::int64_t num_items, Scratch& scratch, Body body, const UpcomingReads& upcoming = {});
 
+  // Likewise for several neighbouring items at once, [begin, end): `most` of them while there are many, one at a time
+  // in the end, so that workers are done together.
+  using RangeBody = absl::FunctionRef<void(std::int64_t begin, std::int64_t end, Scratch& scratch)>;
+  void ParallelForRanges(std::int64_t num_items, std::int64_t most, Scratch& scratch, RangeBody body,
+                         const UpcomingReads& upcoming = {});
+
   // Whether some worker's share of a range begins with the item: no worker runs it right behind the one before.
   bool BeginsShare(std::int64_t item, std::int64_t num_items) const {
     const std::int64_t next_worker = (item * num_workers() + num_items - 1) / num_items;
@@ -75,11 +81,12 @@ class WorkerPool {
   void RunItems(std::size_t worker, Scratch& scratch);
 
   // active_: number of threads inside the current call; kClosed while no further ones may enter. Opening it
-  // publishes body_, upcoming_ and shares_; they are rewritten only while it is closed and empty.
+  // publishes body_, most_, upcoming_ and shares_; they are rewritten only while it is closed and empty.
   static constexpr std::uint32_t kClosed = 1U << 31;
 
   std::mutex mutex_;  // held by the one caller the pool works for
-  const Body* body_ = nullptr;
+  const RangeBody* body_ = nullptr;
+  std::int64_t most_ = 1;
   UpcomingReads upcoming_;
   std::vector<Share> shares_;  // by worker, the caller's first
   alignas(64) std::atomic<std::uint32_t> active_{kClosed};

@@ -46,6 +46,25 @@ TEST_P(WorkerPoolTest, SharesAreNeighbouringItemsInAscendingOrder) {
   EXPECT_EQ(items.size(), 20U);
 }
 
+TEST_P(WorkerPoolTest, RangesHoldEveryItemOnce) {
+  WorkerPool pool(GetParam());
+  Scratch scratch;
+  for (const std::int64_t num_items : {0, 1, 5, 64, 1000}) {
+    std::vector<int> runs(static_cast<std::size_t>(num_items));  // not atomic: the pool orders them
+    std::atomic<std::int64_t> largest = 0;
+    pool.ParallelForRanges(num_items, 8, scratch, [&](std::int64_t begin, std::int64_t end, Scratch&) {
+      std::int64_t seen = largest;
+      while (end - begin > seen && !largest.compare_exchange_weak(seen, end - begin)) {
+      }
+      for (std::int64_t item = begin; item < end; ++item) ++runs[static_cast<std::size_t>(item)];
+    });
+    for (const int count : runs) ASSERT_EQ(count, 1);
+    if (GetParam() > 1 && num_items == 1000) {
+      EXPECT_EQ(largest, 8);
+    }
+  }
+}
+
 // Of memory that may not be read at all: it is fetched at most.
 TEST_P(WorkerPoolTest, UpcomingReadsAreNotTouched) {
   constexpr std::int64_t kItemBytes = 4096;
