@@ -4,7 +4,6 @@
 #include <array>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #include "kernels/argument_checks.h"
 #include "kernels/cpu/gemm_dot_weights.h"

@@ -46,8 +46,8 @@ class WorkerPool {
   // `upcoming` into their caches; the memory is not touched otherwise, and may be gone by then.
   void ParallelFor(std::int64_t num_items, Scratch& scratch, Body body, const UpcomingReads& upcoming = {});
 
-  // Likewise for several neighbouring items at once, [begin, end): `most` of them while there are many, one at a time
-  // in the end, so that workers are done together.
+  // Likewise for several neighbouring items at once, [begin, end): up to `most` of them while there are many, one at a
+  // time in the end, so that workers are done together. A thread that runs a call alone takes all at once.
   using RangeBody = absl::FunctionRef<void(std::int64_t begin, std::int64_t end, Scratch& scratch)>;
   void ParallelForRanges(std::int64_t num_items, std::int64_t most, Scratch& scratch, RangeBody body,
                          const UpcomingReads& upcoming = {});
